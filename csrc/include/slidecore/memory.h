@@ -1,0 +1,60 @@
+#pragma once
+// Host memory: exact-size planes and the pinned ring that gradients land in.
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "slidecore/device.h"
+
+namespace slidecore {
+
+// One anonymous mapping: huge pages advised, kept from forked children, touched in parallel, registered with the
+// device (in pieces of at most 64 GiB) when `pinned` and the device needs it. Zero-filled. Size is exact up to
+// the page. Thread-safe after construction; the Device must outlive it.
+class HostBuffer {
+ public:
+  HostBuffer(std::shared_ptr<Device> device, std::size_t bytes, bool pinned);
+  ~HostBuffer();
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+
+  void* data() const { return data_; }
+  std::size_t size() const { return bytes_; }
+  bool pinned() const { return !registered_.empty(); }
+
+  // Bytes mapped by all HostBuffers of this process now, and the most there ever were.
+  static std::uint64_t mapped_now();
+  static std::uint64_t mapped_peak();
+
+ private:
+  std::shared_ptr<Device> device_;
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+  std::size_t mapped_ = 0;
+  std::vector<void*> registered_;
+};
+
+// A fixed number of equal pinned pieces. acquire() blocks while all are out: this is the backpressure between the
+// download and the update lane. stop() wakes every waiter, whose acquire() then returns nullptr.
+class Ring {
+ public:
+  Ring(std::shared_ptr<Device> device, std::size_t piece_bytes, std::size_t pieces);
+  void* acquire();
+  void release(void* piece);
+  void stop();
+  std::size_t piece_bytes() const { return piece_bytes_; }
+
+ private:
+  HostBuffer buffer_;
+  std::size_t piece_bytes_;
+  std::mutex mutex_;
+  std::condition_variable free_changed_;
+  std::vector<void*> free_;
+  bool stopped_ = false;
+};
+
+}  // namespace slidecore
