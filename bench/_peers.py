@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import _model
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-
-import _model
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -141,8 +140,8 @@ class Resident(System):
         causal = _model.build_empty(shape)
         self.parameters = _model.parameter_count(causal)
         self._model = PeerModel(causal, tile)
-        self._weights: list[nn.Parameter] = []
-        self._masters: list[nn.Parameter] = []
+        self._weights: list[torch.Tensor] = []
+        self._masters: list[torch.Tensor] = []
         for name, value in _model.initial_values(causal, seed, device):
             master = nn.Parameter(value)
             weight = nn.Parameter(value.to(torch.bfloat16))
@@ -210,7 +209,7 @@ class Fsdp2Offload(System):
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
         mesh = init_device_mesh(device.type, (1,))
         pinned = device.type == "cuda"
         settings: dict[str, Any] = {

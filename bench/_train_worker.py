@@ -16,10 +16,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 import _model
 import _peers
+import torch
 
 
 class Slidecore(_peers.System):
@@ -83,7 +82,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Stamps:
-    """Times of the ends of steps. On a GPU these are events on the compute stream, so that no step waits to be timed."""
+    """Times of the ends of steps: on a GPU events on the compute stream, so that no step waits to be timed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -125,12 +124,10 @@ def run_batch(
     The window starts and ends synchronized, so updates that run behind are inside it. In between nothing waits.
     """
     ids = _model.tokens(shape, batch, seed, device)
-    losses: list[torch.Tensor] = []
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(warmup):
-        losses.append(system.step(ids))
+    losses = [system.step(ids) for _ in range(warmup)]
     system.synchronize()
     stamps = _Stamps(device)
     start = time.perf_counter()

@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--micro-batch", type=int, help="slidecore's sequences in a micro-batch")
     run.add_argument("--slidecore-options", type=_options, default={}, help="JSON: more arguments of slidecore.offload")
     run.add_argument("--resident-options", type=_options, default={}, help="JSON: micro_batch, recompute, tile")
-    run.add_argument("--fsdp2-options", type=_options, default={}, help="JSON: micro_batch, recompute, tile, reduce_dtype")
+    run.add_argument("--fsdp2-options", type=_options, default={}, help="JSON: as resident, and reduce_dtype")
     run.add_argument("--timeout", type=float, default=1800.0, help="seconds a system may take in all")
     parser.add_argument("--out", help="also write the JSON to this file, after each system")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps: checks that all of it works")
@@ -141,7 +141,13 @@ def run_system(system: str, job: dict[str, Any], timeout_s: float) -> dict[str, 
     read_end, write_end = os.pipe()
     # Whatever the worker prints belongs with the progress: standard output carries only the JSON.
     worker = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("_train_worker.py")), json.dumps(job), "--events", str(write_end)],
+        [
+            sys.executable,
+            str(Path(__file__).with_name("_train_worker.py")),
+            json.dumps(job),
+            "--events",
+            str(write_end),
+        ],
         stdin=subprocess.PIPE,
         stdout=sys.stderr.fileno(),
         pass_fds=(write_end,),
