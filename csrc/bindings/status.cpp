@@ -9,8 +9,8 @@ namespace {
 PyObject* classes[6];
 
 PyObject* make_class(py::module_& m, const char* name, PyObject* error, PyObject* builtin) {
-  py::tuple bases = builtin != nullptr ? py::make_tuple(py::handle(error), py::handle(builtin))
-                                       : py::make_tuple(py::handle(error));
+  py::tuple bases = py::make_tuple(py::handle(error));
+  if (builtin != nullptr) bases = py::make_tuple(py::handle(error), py::handle(builtin));
   const std::string qualified = std::string("slidecore._core.") + name;
   PyObject* made = PyErr_NewException(qualified.c_str(), bases.ptr(), nullptr);
   if (made == nullptr) throw py::error_already_set();
