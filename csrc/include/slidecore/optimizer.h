@@ -52,9 +52,9 @@ struct AdamWPlanes {
 
 struct AdamWHyper {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 1e-2;
-  std::int64_t step = 1;      // of this parameter, counted from 1, including this update
+  std::int64_t step = 1;  // of this parameter, counted from 1, including this update
   bool maximize = false;
-  float gradient_scale = 1.f; // multiplies the gradient first (clip factor)
+  float gradient_scale = 1.f;  // multiplies the gradient first (clip factor)
 };
 
 // One decoupled-weight-decay step (Loshchilov & Hutter, arXiv 1711.05101) in the order of operations of
