@@ -5,10 +5,10 @@
 #   make lint    formatting, lint and types       make bench   the micro-benchmarks
 #   make build   install slidecore into $(VENV)   make clean   remove what was built (distclean: $(VENV) too)
 #
-# Variables: PYTHON (interpreters to try), VENV, JOBS, and TORCH: a requirement such as TORCH=torch==2.9.1, or
-# TORCH=installed for the PyTorch that PYTHON already has. They count when $(VENV) is made; `make distclean` first
-# to change them. The pinned PyTorch is the one in constraints.txt: which build of it (CPU, CUDA, ROCm) pip takes is
-# decided by pip's own settings, so a machine with a card gets the build that its index serves.
+# Variables: VENV, JOBS, DEMO_ARGS, BENCH_ARGS, PYTHON (interpreters to try), and TORCH: a requirement such as
+# TORCH=torch (the newest) or TORCH=torch==2.9.1, or TORCH=installed for the PyTorch that PYTHON already has. Without
+# it, the version in constraints.txt; pip's own settings decide which build of it that is (CPU, CUDA, ROCm). PYTHON and
+# TORCH count when $(VENV) is made: `make distclean` first to change them.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -36,7 +36,7 @@ help:
 
 # A stamp is written last, so that a failed step runs again.
 $(stamps)/venv: constraints.txt scripts/make_venv.sh
-	scripts/make_venv.sh $(VENV) $(TORCH)
+	scripts/make_venv.sh $(VENV) '$(TORCH)'
 	mkdir -p $(stamps) && touch $@
 
 # The old copy goes first: the build backend imports every installed package that offers CMake files (entry point
@@ -60,7 +60,7 @@ $(stamps)/lint: $(stamps)/package
 build: $(stamps)/package
 
 demo: $(stamps)/package
-	$(python) examples/demo.py $(DEMO_ARGS)
+	$(python) -m slidecore.finetune.demo --out demo-output $(DEMO_ARGS)
 
 test: test-python test-cpp test-downstream
 

@@ -17,13 +17,22 @@ if [ "$torch" = installed ]; then options=(--system-site-packages); fi
 
 install_torch() {
   if [ "$torch" = installed ]; then
-    "$venv/bin/python" -c 'import torch' || { echo "TORCH=installed, but this interpreter has no torch" >&2; return 1; }
+    if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+      # PYTHON may itself be of a virtual environment: its packages are not those of the system.
+      local site
+      site=$("$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))') || {
+        echo "TORCH=installed, but $python has no PyTorch" >&2
+        return 1
+      }
+      echo "$site" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
+    fi
   else
     "$venv/bin/python" -m pip install "${torch:-$pinned}" 'numpy>=1.26'
   fi
 }
 
 if [ -x "$venv/bin/python" ]; then
+  python=$venv/bin/python
   install_torch
 else
   tried=()

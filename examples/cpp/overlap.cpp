@@ -2,8 +2,9 @@
 //
 // workload.cpp shows the use of the scheduler: planes and slots, the schedule, and a visit (Workload::visit).
 
-#include <cstdio>
 #include <slidecore/status.h>
+
+#include <cstdio>
 
 #include "arguments.h"
 #include "report.h"

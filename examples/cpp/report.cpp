@@ -14,7 +14,13 @@ std::string format(const char* pattern, Values... values) {
   return line;
 }
 
-double gigabytes_per_second(double bytes, double seconds) { return seconds > 0 ? bytes / seconds / 1e9 : 0; }
+double gigabytes_per_second(double bytes, double seconds) {
+  return seconds > 0 ? bytes / seconds / 1e9 : 0;
+}
+
+std::string rate(double bytes, double seconds) {
+  return bytes > 0 ? format("%.2f", gigabytes_per_second(bytes, seconds)) : "-";
+}
 
 // Device names come from drivers: quotes, backslashes and control characters may not break the JSON.
 std::string quoted(const std::string& text) {
@@ -26,77 +32,85 @@ std::string quoted(const std::string& text) {
   return result + '"';
 }
 
+// Of work that takes `sum` seconds one after the other and whose longest part takes `longest`, the share of all but
+// the longest that a step of `step` seconds did not have to wait for: 0 if nothing ran at the same time, 1 if all did.
+double saved_share(double sum, double longest, double step) {
+  return sum > longest ? std::clamp((sum - step) / (sum - longest), 0.0, 1.0) : 1.0;
+}
+
 }  // namespace
 
-// Without overlap a step takes the sum of its lanes' times alone; with perfect overlap, the longest of them. `hidden`
-// is how far the step got from the one to the other: the share of all work but the longest that cost no time.
+// Two answers to "how much of the shorter work was hidden behind the longest lane's":
+//   hidden      counts the lanes' times alone: what a user gains. Lanes that slow each other down (shared memory
+//               bandwidth, too few cores) lower it.
+//   overlapped  counts the lanes' times as they were together: what the scheduler achieved.
 Report make_report(const Arguments& arguments, const Workload& workload, const AloneRates& alone,
                    const Together& together) {
   const double steps = static_cast<double>(arguments.steps);
   const double chunk = static_cast<double>(workload.chunk_bytes());
   const double uploaded = static_cast<double>(together.counters.upload_bytes) / steps;
   const double downloaded = static_cast<double>(together.counters.gradient_bytes) / steps;
-  const double visits = static_cast<double>(together.counters.visits) / steps;
-  const auto busy = [&](Lane lane) { return together.trace.lanes[static_cast<int>(lane)].busy_s / together.seconds; };
+  const auto busy = [&](Lane lane) { return together.trace.lanes[static_cast<int>(lane)].busy_s / steps; };
 
   Report report{};
   report.arguments = arguments;
   report.device = workload.device_name();
-  report.lanes[0] = {"compute", visits * alone.compute, 0, steps * visits * alone.compute / together.seconds};
-  report.lanes[1] = {"upload", uploaded / chunk * alone.upload, uploaded, busy(Lane::upload)};
-  report.lanes[2] = {"download", downloaded / chunk * alone.download, downloaded, busy(Lane::download)};
-  report.lanes[3] = {"update", downloaded / chunk * alone.update, downloaded, busy(Lane::update)};
+  report.visits = static_cast<double>(together.counters.visits) / steps;
+  report.lanes[0] = {"compute", 0, report.visits * alone.compute, together.compute_s / steps};
+  report.lanes[1] = {"upload", uploaded, uploaded / chunk * alone.upload, busy(Lane::upload)};
+  report.lanes[2] = {"download", downloaded, downloaded / chunk * alone.download, busy(Lane::download)};
+  report.lanes[3] = {"update", downloaded, downloaded / chunk * alone.update, busy(Lane::update)};
   report.step_s = together.seconds / steps;
+  double alone_sum = 0, alone_longest = 0, busy_sum = 0, busy_longest = 0;
   for (const LaneReport& lane : report.lanes) {
-    report.sum_s += lane.alone_s;
-    report.longest_s = std::max(report.longest_s, lane.alone_s);
+    alone_sum += lane.alone_s;
+    alone_longest = std::max(alone_longest, lane.alone_s);
+    busy_sum += lane.busy_s;
+    busy_longest = std::max(busy_longest, lane.busy_s);
   }
-  report.hidden = std::clamp((report.sum_s - report.step_s) / (report.sum_s - report.longest_s), 0.0, 1.0);
+  report.hidden = saved_share(alone_sum, alone_longest, report.step_s);
+  report.overlapped = saved_share(busy_sum, busy_longest, report.step_s);
   report.exposed_wait_s = together.trace.exposed_wait_s / steps;
   report.uploads = static_cast<double>(together.counters.uploads) / steps;
   report.hits = static_cast<double>(together.counters.hits) / steps;
-  report.visits = visits;
   return report;
 }
 
 std::string as_text(const Report& report) {
   const Arguments& a = report.arguments;
-  std::string text = format("%s (%s): %zu chunks of %zu MiB through a window of %zu, %zu steps\n\n", a.backend.c_str(),
-                            report.device.c_str(), a.chunks, a.chunk_mib, a.window, a.steps);
-  text += format("%-10s %12s %12s %14s %11s\n", "lane", "alone", "GB/s alone", "GB/s together", "busy share");
+  std::string text =
+      format("%s (%s): %zu chunks of %zu MiB through a window of %zu, %zu steps; times are of one step\n\n",
+             a.backend.c_str(), report.device.c_str(), a.chunks, a.chunk_mib, a.window, a.steps);
+  text += format("%-10s %12s %10s %12s %10s %10s\n", "lane", "alone", "GB/s", "together", "GB/s", "busy");
   for (const LaneReport& lane : report.lanes) {
-    text += format("%-10s %9.2f ms", lane.name, lane.alone_s * 1e3);
-    if (lane.bytes > 0) {
-      text += format(" %12.2f %14.2f", gigabytes_per_second(lane.bytes, lane.alone_s),
-                     gigabytes_per_second(lane.bytes, report.step_s));
-    } else {
-      text += format(" %12s %14s", "-", "-");
-    }
-    text += format(" %9.0f %%\n", lane.busy_share * 100);
+    text += format("%-10s %9.2f ms %10s %9.2f ms %10s %8.0f %%\n", lane.name, lane.alone_s * 1e3,
+                   rate(lane.bytes, lane.alone_s).c_str(), lane.busy_s * 1e3, rate(lane.bytes, lane.busy_s).c_str(),
+                   lane.busy_s / report.step_s * 100);
   }
-  text += format("\none step: %.2f ms; its lanes one after the other: %.2f ms; the longest of them: %.2f ms\n",
-                 report.step_s * 1e3, report.sum_s * 1e3, report.longest_s * 1e3);
-  text += format("hidden: %.0f %% of the work beside the longest lane's cost no time\n", report.hidden * 100);
-  text += format("compute waited %.2f ms for its slots; %.1f of %.0f visits found their chunk still there\n",
-                 report.exposed_wait_s * 1e3, report.hits, report.visits);
+  text += format("%-10s %12s %10s %9.2f ms\n", "step", "", "", report.step_s * 1e3);
+  text += format("\nhidden:     %3.0f %% of the work beside the longest lane's cost no time\n", report.hidden * 100);
+  text += format("overlapped: %3.0f %% of it ran while other lanes were busy, at the speed it then had\n",
+                 report.overlapped * 100);
+  text += format("%.1f uploads for %.0f visits, %.1f of which were served from the schedule; compute waited %.2f ms\n",
+                 report.uploads, report.visits, report.hits, report.exposed_wait_s * 1e3);
   return text + "every visit saw, and every plane has, the values of its updates\n";
 }
 
 std::string as_json(const Report& report) {
   const Arguments& a = report.arguments;
   std::string text = "{\"backend\": " + quoted(a.backend) + ", \"device\": " + quoted(report.device);
-  text += format(", \"chunks\": %zu, \"chunk_bytes\": %zu, \"window\": %zu, \"steps\": %zu", a.chunks, a.chunk_mib << 20,
-                 a.window, a.steps);
+  text += format(", \"chunks\": %zu, \"chunk_bytes\": %zu, \"window\": %zu, \"steps\": %zu", a.chunks,
+                 a.chunk_mib << 20, a.window, a.steps);
   text += ", \"lanes\": {";
   for (const LaneReport& lane : report.lanes) {
-    text += format("%s\"%s\": {\"alone_s\": %.9g, \"bytes\": %.0f, \"alone_gb_s\": %.6g, \"together_gb_s\": %.6g, ",
-                   &lane == report.lanes ? "" : ", ", lane.name, lane.alone_s, lane.bytes,
-                   gigabytes_per_second(lane.bytes, lane.alone_s), gigabytes_per_second(lane.bytes, report.step_s));
-    text += format("\"busy_share\": %.6g}", lane.busy_share);
+    text += format("%s\"%s\": {\"bytes\": %.0f, \"alone_s\": %.9g, \"together_s\": %.9g, ",
+                   &lane == report.lanes ? "" : ", ", lane.name, lane.bytes, lane.alone_s, lane.busy_s);
+    text += format("\"alone_gb_s\": %.6g, \"together_gb_s\": %.6g, \"busy_share\": %.6g}",
+                   gigabytes_per_second(lane.bytes, lane.alone_s), gigabytes_per_second(lane.bytes, lane.busy_s),
+                   lane.busy_s / report.step_s);
   }
-  text += format("}, \"step_s\": %.9g, \"sum_s\": %.9g, \"longest_s\": %.9g, \"hidden\": %.6g, ", report.step_s,
-                 report.sum_s, report.longest_s, report.hidden);
-  text += format("\"exposed_wait_s\": %.9g, \"uploads\": %.6g, \"hits\": %.6g, \"visits\": %.6g, ", report.exposed_wait_s,
-                 report.uploads, report.hits, report.visits);
+  text += format("}, \"step_s\": %.9g, \"hidden\": %.6g, \"overlapped\": %.6g, \"exposed_wait_s\": %.9g, ",
+                 report.step_s, report.hidden, report.overlapped, report.exposed_wait_s);
+  text += format("\"uploads\": %.6g, \"hits\": %.6g, \"visits\": %.6g, ", report.uploads, report.hits, report.visits);
   return text + "\"verified\": true}\n";
 }

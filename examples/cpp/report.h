@@ -8,9 +8,9 @@
 
 struct LaneReport {
   const char* name;
-  double alone_s;     // the lane's work of one step, measured alone
-  double bytes;       // of one step; 0 for compute
-  double busy_share;  // of the time that the steps took together
+  double bytes;    // of one step; 0 for compute
+  double alone_s;  // the lane's work of one step, measured alone
+  double busy_s;   // the same work while all lanes run
 };
 
 struct Report {
@@ -18,9 +18,8 @@ struct Report {
   std::string device;
   LaneReport lanes[4];  // compute, upload, download, update
   double step_s;        // together
-  double sum_s;         // of the lanes alone: a step without any overlap
-  double longest_s;     // of the lanes alone: a step with perfect overlap
   double hidden;        // see make_report()
+  double overlapped;
   double exposed_wait_s;
   double uploads, hits, visits;  // of one step
 };

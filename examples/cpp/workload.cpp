@@ -11,18 +11,17 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
-// The best of three: on a machine with other work, the fastest run is the one that was disturbed least.
+// The mean of three after a warm-up, as the steps are measured: other work on the machine disturbs both alike.
 template <class Body>
-double best_seconds(const Body& body) {
-  double best = 1e30;
-  for (int i = 0; i < 3; ++i) {
-    const auto start = Clock::now();
-    body();
-    best = std::min(best, seconds_since(start));
-  }
-  return best;
+double mean_seconds(const Body& body) {
+  body();
+  const auto start = Clock::now();
+  for (int i = 0; i < 3; ++i) body();
+  return seconds_since(start) / 3;
 }
 
 void spin(std::uint64_t rounds) {
@@ -32,8 +31,12 @@ void spin(std::uint64_t rounds) {
   sink = x;
 }
 
-float initial_value(std::size_t chunk) { return static_cast<float>(chunk % 64); }
-float gradient_value(std::size_t buffer) { return static_cast<float>(buffer + 1); }
+float initial_value(std::size_t chunk) {
+  return static_cast<float>(chunk % 64);
+}
+float gradient_value(std::size_t buffer) {
+  return static_cast<float>(buffer + 1);
+}
 
 }  // namespace
 
@@ -46,7 +49,7 @@ void SgdSink::consume(std::uint32_t chunk, std::size_t offset_bytes, const void*
 void Compute::calibrate(double seconds) {
   seconds_ = seconds;
   constexpr std::uint64_t kTrial = 4'000'000;
-  rounds_ = static_cast<std::uint64_t>(kTrial * (seconds / best_seconds([] { spin(kTrial); }))) + 1;
+  rounds_ = static_cast<std::uint64_t>(kTrial * (seconds / mean_seconds([] { spin(kTrial); }))) + 1;
 }
 
 void Compute::run() const {
@@ -101,14 +104,14 @@ AloneRates Workload::measure_alone() {
   const auto stream = device_->create_stream();
   const double chunks = static_cast<double>(planes_.size());
   AloneRates alone;
-  alone.upload = best_seconds([&] {
+  alone.upload = mean_seconds([&] {
                    for (std::size_t i = 0; i < planes_.size(); ++i) {
                      device_->to_device(slots_[i % slots_.size()], planes_[i]->data(), bytes_, stream);
                    }
                    device_->synchronize(stream);
                  }) /
                  chunks;
-  alone.download = best_seconds([&] {
+  alone.download = mean_seconds([&] {
                      for (std::size_t i = 0; i < planes_.size(); ++i) {
                        device_->to_host(landing_->data(), gradients_[i % kGradients], bytes_, stream);
                      }
@@ -118,13 +121,13 @@ AloneRates Workload::measure_alone() {
   device_->destroy_stream(stream);
 
   std::memset(landing_->data(), 0, bytes_);  // a gradient of zero: measured, but nothing changes
-  alone.update = best_seconds([&] {
+  alone.update = mean_seconds([&] {
                    for (std::uint32_t i = 0; i < planes_.size(); ++i) sink_->consume(i, 0, landing_->data(), bytes_);
                  }) /
                  chunks;
 
   compute_.calibrate(arguments_.compute_ms > 0 ? arguments_.compute_ms / 1e3 : alone.upload);
-  alone.compute = best_seconds([&] {
+  alone.compute = mean_seconds([&] {
                     for (std::size_t i = 0; i < planes_.size(); ++i) compute_.run();
                   }) /
                   chunks;
@@ -147,12 +150,14 @@ Together Workload::measure_together() {
   step(scheduler);
   scheduler.start_trace();  // waits for the warm-up to end
   const auto before = scheduler.counters();
+  compute_s_ = 0;
   const auto start = Clock::now();
   for (std::size_t i = 0; i < arguments_.steps; ++i) step(scheduler);
   scheduler.synchronize();
 
   Together together;
   together.seconds = seconds_since(start);
+  together.compute_s = compute_s_;
   scheduler.stop_trace();
   together.trace = scheduler.trace().summary();
   together.counters = scheduler.counters();
@@ -178,7 +183,9 @@ void Workload::visit(slidecore::Scheduler& scheduler, std::uint32_t chunk, Phase
   const std::size_t buffer = next_gradient_;
   // A real backward would now write this buffer: its last download has to be over.
   if (phase == Phase::backward && tickets_[buffer] != 0) scheduler.wait(tickets_[buffer], stream_);
+  const auto start = Clock::now();
   compute_.run();
+  compute_s_ += seconds_since(start);
   if (phase == Phase::backward) {
     tickets_[buffer] = scheduler.submit_gradient(chunk, gradients_[buffer], bytes_, stream_);
     expected_[chunk] -= SgdSink::kRate * gradient_value(buffer);

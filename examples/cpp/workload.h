@@ -2,13 +2,14 @@
 // What the example moves and computes: planes on the host, a window and two gradient buffers on the device,
 // a computation that takes time, and an update that can be checked.
 
+#include <slidecore/device.h>
+#include <slidecore/memory.h>
+#include <slidecore/scheduler.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <slidecore/device.h>
-#include <slidecore/memory.h>
-#include <slidecore/scheduler.h>
 #include <string>
 #include <vector>
 
@@ -47,7 +48,8 @@ struct AloneRates {  // seconds for one chunk (compute: for one visit), with not
 };
 
 struct Together {
-  double seconds = 0;  // all measured steps, until the last update is done
+  double seconds = 0;    // all measured steps, until the last update is done
+  double compute_s = 0;  // of them, in the computation
   slidecore::TraceSummary trace;
   slidecore::Scheduler::Counters counters;  // of the measured steps
 };
@@ -86,5 +88,6 @@ class Workload {
   std::vector<slidecore::Ticket> tickets_;
   std::size_t next_gradient_ = 0;
   std::shared_ptr<SgdSink> sink_;
+  double compute_s_ = 0;
   std::string first_wrong_slot_;
 };
