@@ -172,24 +172,32 @@ int stream_synchronize(void* ctx, StreamHandle handle) {
   });
 }
 
-int enqueue(void* ctx, StreamHandle handle, HostTask task) {
-  if (handle == 0) {
+// False if there is none; stream 0 is the null pointer.
+bool find_stream(void* ctx, StreamHandle handle, std::shared_ptr<HostStream>& stream) {
+  if (handle == 0) return true;
+  stream = context(ctx).streams->find(handle);
+  return stream != nullptr;
+}
+
+// On stream 0 at once, by the calling thread.
+int run(HostStream* stream, HostTask task) {
+  if (stream == nullptr) {
     task.run();
-    return kSuccess;
+  } else {
+    stream->enqueue(std::move(task));
   }
-  const auto stream = context(ctx).streams->find(handle);
-  if (stream == nullptr) return no_stream();
-  stream->enqueue(std::move(task));
   return kSuccess;
 }
 
-int stream_wait_event(void* ctx, StreamHandle stream, EventHandle handle) {
+int stream_wait_event(void* ctx, StreamHandle stream_handle, EventHandle handle) {
   return guarded([&] {
     const auto event = context(ctx).events.find(handle);
     if (event == nullptr) return no_event();
+    std::shared_ptr<HostStream> stream;
+    if (!find_stream(ctx, stream_handle, stream)) return no_stream();
     auto record = event->latest();
     if (record == nullptr) return kSuccess;
-    return enqueue(ctx, stream, HostTask::make_wait(std::move(record)));
+    return run(stream.get(), HostTask::make_wait(std::move(record)));
   });
 }
 
@@ -209,10 +217,7 @@ int event_record(void* ctx, EventHandle handle, StreamHandle stream_handle) {
     const auto event = context(ctx).events.find(handle);
     if (event == nullptr) return no_event();
     std::shared_ptr<HostStream> stream;
-    if (stream_handle != 0) {
-      stream = context(ctx).streams->find(stream_handle);
-      if (stream == nullptr) return no_stream();
-    }
+    if (!find_stream(ctx, stream_handle, stream)) return no_stream();
     event->record(stream.get());
     return kSuccess;
   });
@@ -252,10 +257,12 @@ int event_elapsed_ms(void* ctx, EventHandle start, EventHandle end, double* ms) 
   });
 }
 
-int copy(void* ctx, void* to, const void* from, std::size_t bytes, StreamHandle stream) {
+int copy(void* ctx, void* to, const void* from, std::size_t bytes, StreamHandle stream_handle) {
   return guarded([&] {
     if (bytes != 0 && (to == nullptr || from == nullptr)) return fail(kInvalidValue, "copy from or to address 0");
-    return enqueue(ctx, stream, HostTask::make_copy(to, from, bytes));
+    std::shared_ptr<HostStream> stream;
+    if (!find_stream(ctx, stream_handle, stream)) return no_stream();
+    return run(stream.get(), HostTask::make_copy(to, from, bytes));
   });
 }
 
