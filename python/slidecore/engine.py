@@ -305,13 +305,13 @@ class Engine:
         for chunk, entry in self.entries.values():
             if entry.trainable != entry.parameter.requires_grad and self.train:
                 raise UsageError(
-                    f"{entry.name}.requires_grad was changed to {entry.parameter.requires_grad} after offload(); set it "
-                    f"before, so that {chunk.name!r} has the planes it needs"
+                    f"{entry.name}.requires_grad was changed to {entry.parameter.requires_grad} after offload(); set "
+                    f"it before, so that {chunk.name!r} has the planes it needs"
                 )
         if self.state == "backward":
             warnings.warn(
-                "the last backward pass did not finish; the blocks that it had reached are updated, the others are not, "
-                "and training goes on from there",
+                "the last backward pass did not finish; the blocks that it had reached are updated, the others are "
+                "not, and training goes on from there",
                 stacklevel=3,
             )
             self.state = "idle"
@@ -514,7 +514,9 @@ class Engine:
         batch = main.shape[0] if splittable else 1
         graph_bytes = 0
         if self.device_memory is not None:
-            graph_bytes = self._probe(use, call, [t[:1] if s else t for t, s in zip(tensors, split, strict=True)])
+            graph_bytes = self._probe(
+                use, call, [t[:1].clone() if s else t for t, s in zip(tensors, split, strict=True)]
+            )
         inputs = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad) or (
             main.numel() * main.element_size()
         )

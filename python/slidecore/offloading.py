@@ -21,8 +21,8 @@ from slidecore.sizes import parse_size
 Model = TypeVar("Model", bound=nn.Module)
 _ATTRIBUTE = "_slidecore_engine"
 _NO_FLOAT16 = (
-    "compute_dtype=torch.float16 is refused: its range needs loss scaling, and the exact split of a float32 master into "
-    "weight and residual exists for bfloat16 only. Use torch.bfloat16 or torch.float32"
+    "compute_dtype=torch.float16 is refused: its range needs loss scaling, and the exact split of a float32 master "
+    "into weight and residual exists for bfloat16 only. Use torch.bfloat16 or torch.float32"
 )
 
 
