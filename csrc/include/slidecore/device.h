@@ -16,6 +16,7 @@ using StreamHandle = std::uintptr_t;
 using EventHandle = std::uintptr_t;
 
 inline constexpr std::uint32_t kDeviceOpsVersion = 1;
+inline constexpr int kDeviceOutOfMemory = 2;  // the one code every backend shares: CUDA's and HIP's number for it
 
 struct DeviceInfo {
   char name[128];
@@ -25,12 +26,15 @@ struct DeviceInfo {
 };
 
 enum DeviceFlags : std::uint32_t {
-  kDeviceIsHost = 1u << 0,         // device pointers are host pointers
-  kDeviceNeedsPinning = 1u << 1,   // asynchronous copies need registered host memory
+  kDeviceIsHost = 1u << 0,        // device pointers are host pointers
+  kDeviceNeedsPinning = 1u << 1,  // asynchronous copies need registered host memory
 };
 
 // Every function returns 0 or a nonzero code; the reason is then in last_error() of the same thread.
-// `ctx` comes from open() and may be used from any thread after bind_thread() on that thread.
+// `ctx` comes from open() and may be used from any thread. bind_thread() makes the device current on the calling
+// thread for good: worker threads call it once, which makes their calls cheaper. Without it a call makes the
+// device current and afterwards restores what the framework had set. alloc() of 0 bytes fails, free(nullptr) and
+// copies of 0 bytes do nothing.
 struct DeviceOps {
   std::uint32_t version;
   std::uint32_t struct_size;
@@ -60,7 +64,7 @@ struct DeviceOps {
   int (*event_destroy)(void* ctx, EventHandle event);
   int (*event_record)(void* ctx, EventHandle event, StreamHandle stream);
   int (*event_query)(void* ctx, EventHandle event, int* done);
-  int (*event_synchronize)(void* ctx, EventHandle event);  // sleeps, does not spin
+  int (*event_synchronize)(void* ctx, EventHandle event);                              // sleeps, does not spin
   int (*event_elapsed_ms)(void* ctx, EventHandle start, EventHandle end, double* ms);  // both created with timing
 
   int (*copy_to_device)(void* ctx, void* device, const void* host, std::size_t bytes, StreamHandle stream);
@@ -75,7 +79,8 @@ const DeviceOps& hip_ops();
 const DeviceOps& ops_by_name(const std::string& name);  // "host" | "cuda" | "hip", else Error(invalid_argument)
 
 // Owns one opened device. Methods throw Error(device | out_of_memory) naming the call, the device and the reason.
-// Movable, not copyable; all methods are thread-safe. Streams and events must be destroyed before the Device.
+// Neither copied nor moved (share it by shared_ptr); all methods are thread-safe. Streams and events must be
+// destroyed before the Device.
 class Device {
  public:
   Device(const DeviceOps& ops, int ordinal);

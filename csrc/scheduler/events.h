@@ -1,0 +1,27 @@
+#pragma once
+// Reuses events: creating one is a driver call, and a step needs thousands.
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "slidecore/device.h"
+#include "slidecore/status.h"
+
+namespace slidecore {
+
+class EventPool {
+ public:
+  explicit EventPool(std::shared_ptr<Device> device) : device_(std::move(device)) {}
+  ~EventPool();
+  EventHandle take(bool timing = false);
+  // The event's last record may still be pending: a later record replaces it.
+  void give(EventHandle event, bool timing = false);
+
+ private:
+  std::shared_ptr<Device> device_;
+  std::mutex mutex_;
+  std::vector<EventHandle> plain_, timing_;
+};
+
+}  // namespace slidecore

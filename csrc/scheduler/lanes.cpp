@@ -1,0 +1,206 @@
+// The lanes' threads: each takes tasks from its queue, waits for what the task depends on, and puts the work on its
+// stream (upload, download) or does it (update).
+
+#include <pthread.h>
+
+#include <algorithm>
+
+#include "scheduler/scheduler_impl.h"
+#include "slidecore/status.h"
+
+namespace slidecore {
+
+void Scheduler::Impl::run_lane(const char* name, void (Impl::*step)(std::unique_lock<std::mutex>&)) {
+  pthread_setname_np(pthread_self(), name);
+  try {
+    device->bind_thread();
+    std::unique_lock lock(mutex);
+    while (!stopping && failure == nullptr) (this->*step)(lock);
+  } catch (...) {
+    fail(name, std::current_exception());
+  }
+}
+
+void Scheduler::Impl::fail(const std::string& lane, std::exception_ptr error) {
+  std::exception_ptr named;
+  try {
+    std::rethrow_exception(error);
+  } catch (const Error& e) {
+    named = std::make_exception_ptr(Error(e.code(), lane + " lane: " + e.what()));
+  } catch (const std::exception& e) {
+    named = std::make_exception_ptr(Error(Code::state, lane + " lane: " + e.what()));
+  } catch (...) {
+    named = std::make_exception_ptr(Error(Code::state, lane + " lane: unknown error"));
+  }
+  {
+    std::lock_guard lock(mutex);
+    if (failure == nullptr) failure = named;
+  }
+  if (ring) ring->stop();
+  changed.notify_all();
+}
+
+// The slot was given to another chunk, or the weights changed, before the copy began.
+bool Scheduler::Impl::upload_void(const UploadTask& task) const {
+  return task.is_weights && windows[task.window].slots[task.slot].upload != task.upload;
+}
+
+bool Scheduler::Impl::upload_ready(const UploadTask& task) const {
+  if (!task.is_weights) return task.after == 0 || ticket_issued(task.after);
+  const Chunk& chunk = chunks[task.chunk];
+  return upload_void(task) || chunk.updated == chunk.submitted;
+}
+
+// Takes the first task that can go: weights that wait for their update do not hold up what is behind them.
+void Scheduler::Impl::upload_step(std::unique_lock<std::mutex>& lock) {
+  auto ready = uploads.end();
+  changed.wait(lock, [&] {
+    ready = std::find_if(uploads.begin(), uploads.end(), [&](const UploadTask& t) { return upload_ready(t); });
+    return stopping || failure != nullptr || ready != uploads.end();
+  });
+  if (stopping || failure != nullptr) return;
+  const UploadTask task = *ready;
+  uploads.erase(ready);
+  if (!upload_void(task)) {
+    ++upload_busy;
+    if (task.is_weights) {
+      upload_weights(task, lock);
+    } else {
+      upload_input(task, lock);
+    }
+    --upload_busy;
+  }
+  changed.notify_all();
+}
+
+void Scheduler::Impl::upload_weights(const UploadTask& task, std::unique_lock<std::mutex>& lock) {
+  Chunk& chunk = chunks[task.chunk];
+  Slot& slot = windows[task.window].slots[task.slot];
+  const EventHandle released = slot.was_released ? slot.released : 0;
+  const ChunkSpec& spec = chunk.spec;
+  ++chunk.reading;
+  lock.unlock();
+  if (released != 0) device->wait(upload_stream, released);
+  const EventHandle start = spans.mark(upload_stream);
+  device->to_device(slot.address, spec.weight, spec.weight_bytes, upload_stream);
+  const EventHandle end = spans.mark(upload_stream);
+  device->record(slot.ready, upload_stream);
+  spans.add(Lane::upload, SpanKind::weights, task.chunk, start, end, spec.weight_bytes);
+  lock.lock();
+  --chunk.reading;
+  chunk.last_upload = slot.ready;
+  // Had the slot been given away meanwhile, its next upload follows this one on the same stream.
+  if (slot.upload == task.upload) slot.issued = true;
+  ++counters.uploads;
+  counters.upload_bytes += spec.weight_bytes;
+}
+
+void Scheduler::Impl::upload_input(const UploadTask& task, std::unique_lock<std::mutex>& lock) {
+  const EventHandle after = task.after == 0 ? 0 : ticket_event(task.after);
+  lock.unlock();
+  device->wait(upload_stream, task.after_work);
+  if (after != 0) device->wait(upload_stream, after);
+  events.give(task.after_work);
+  const EventHandle start = spans.mark(upload_stream);
+  device->to_device(task.device, task.host, task.bytes, upload_stream);
+  const EventHandle end = spans.mark(upload_stream);
+  spans.add(Lane::upload, SpanKind::input_in, task.chunk, start, end, task.bytes);
+  lock.lock();
+  issue_ticket(task.ticket, upload_stream);
+}
+
+void Scheduler::Impl::download_step(std::unique_lock<std::mutex>& lock) {
+  changed.wait(lock, [&] { return stopping || failure != nullptr || !downloads.empty(); });
+  if (stopping || failure != nullptr) return;
+  const DownloadTask task = downloads.front();
+  downloads.pop_front();
+  ++download_busy;
+  if (task.is_gradient) {
+    download_gradient(task, lock);
+  } else {
+    download_input(task, lock);
+  }
+  --download_busy;
+  changed.notify_all();
+}
+
+void Scheduler::Impl::download_input(const DownloadTask& task, std::unique_lock<std::mutex>& lock) {
+  lock.unlock();
+  device->wait(download_stream, task.after_work);
+  events.give(task.after_work);
+  const EventHandle start = spans.mark(download_stream);
+  device->to_host(task.host, task.device, task.bytes, download_stream);
+  const EventHandle end = spans.mark(download_stream);
+  spans.add(Lane::download, SpanKind::input_out, task.chunk, start, end, task.bytes);
+  lock.lock();
+  issue_ticket(task.ticket, download_stream);
+}
+
+void Scheduler::Impl::download_gradient(const DownloadTask& task, std::unique_lock<std::mutex>& lock) {
+  lock.unlock();
+  device->wait(download_stream, task.after_work);
+  events.give(task.after_work);
+  const std::size_t piece_bytes = ring->piece_bytes();
+  for (std::size_t offset = 0; offset < task.bytes; offset += piece_bytes) {
+    const std::size_t bytes = std::min(piece_bytes, task.bytes - offset);
+    void* piece = ring->acquire();
+    if (piece == nullptr) {  // stopped: the lane's loop ends
+      lock.lock();
+      return;
+    }
+    const EventHandle start = spans.mark(download_stream);
+    device->to_host(piece, static_cast<const char*>(task.device) + offset, bytes, download_stream);
+    const EventHandle end = spans.mark(download_stream);
+    spans.add(Lane::download, SpanKind::gradient, task.chunk, start, end, bytes);
+    const EventHandle landed = events.take();
+    device->record(landed, download_stream);
+    std::lock_guard guard(mutex);
+    updates.push_back({static_cast<std::uint32_t>(task.chunk), offset, bytes, piece, landed, offset == 0,
+                       offset + bytes == task.bytes});
+    changed.notify_all();
+  }
+  lock.lock();
+  issue_ticket(task.ticket, download_stream);
+  ++counters.gradients;
+  counters.gradient_bytes += task.bytes;
+}
+
+void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
+  changed.wait(lock, [&] { return stopping || failure != nullptr || !updates.empty(); });
+  if (stopping || failure != nullptr) return;
+  const UpdateTask task = updates.front();
+  updates.pop_front();
+  Chunk& chunk = chunks[task.chunk];
+  if (task.first) {
+    // From here on the plane changes: no upload may be reading it. New ones wait, as submitted > updated.
+    changed.wait(lock, [&] { return stopping || failure != nullptr || chunk.reading == 0; });
+    if (stopping || failure != nullptr) return;
+  }
+  const EventHandle last_upload = task.first ? chunk.last_upload : 0;
+  ++update_busy;
+  lock.unlock();
+  if (last_upload != 0) device->synchronize_event(last_upload);
+  device->synchronize_event(task.landed);
+  events.give(task.landed);
+  const std::int64_t start = trace.now_ns();
+  try {
+    if (task.first) sink->begin(task.chunk);
+    sink->consume(task.chunk, task.offset, task.piece, task.bytes);
+    if (task.last) sink->end(task.chunk);
+  } catch (const std::exception& e) {
+    const auto* error = dynamic_cast<const Error*>(&e);
+    throw Error(error != nullptr ? error->code() : Code::state,
+                "update of chunk '" + chunk.spec.name + "', bytes " + std::to_string(task.offset) + " to " +
+                    std::to_string(task.offset + task.bytes) + ": " + e.what());
+  }
+  if (trace.enabled()) {
+    trace.add({Lane::update, SpanKind::update, static_cast<std::int32_t>(task.chunk), start, trace.now_ns(), task.bytes});
+  }
+  ring->release(task.piece);
+  lock.lock();
+  if (task.last) ++chunk.updated;
+  --update_busy;
+  changed.notify_all();
+}
+
+}  // namespace slidecore

@@ -1,0 +1,345 @@
+#include "slidecore/scheduler.h"
+
+#include "scheduler/scheduler_impl.h"
+#include "slidecore/status.h"
+
+namespace slidecore {
+namespace {
+
+const SchedulerOptions& checked(const SchedulerOptions& options) {
+  if (options.piece_bytes == 0 || options.piece_bytes % 4096 != 0) {
+    throw Error(Code::invalid_argument, "piece_bytes must be a positive multiple of 4096, not " +
+                                            std::to_string(options.piece_bytes));
+  }
+  if (options.ring_pieces < 2) throw Error(Code::invalid_argument, "ring_pieces must be at least 2");
+  return options;
+}
+
+}  // namespace
+
+Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::vector<ChunkSpec> specs, std::vector<WindowSpec> window_specs,
+                      std::shared_ptr<GradientSink> sink_, SchedulerOptions options_)
+    : device(std::move(device_)),
+      sink(std::move(sink_)),
+      options(checked(options_)),
+      trace(options.trace_spans),
+      events(device),
+      spans(device, events, trace) {
+  device->bind_thread();
+  for (const WindowSpec& spec : window_specs) {
+    if (spec.slots.empty()) throw Error(Code::invalid_argument, "a window needs at least one slot");
+    Window window;
+    window.slot_bytes = spec.slot_bytes;
+    for (void* address : spec.slots) {
+      Slot slot;
+      slot.address = address;
+      slot.ready = events.take();
+      slot.released = events.take();
+      window.slots.push_back(slot);
+    }
+    windows.push_back(std::move(window));
+  }
+  for (ChunkSpec& spec : specs) {
+    if (spec.window >= windows.size()) {
+      throw Error(Code::invalid_argument, "chunk '" + spec.name + "': there is no window " + std::to_string(spec.window));
+    }
+    if (spec.weight_bytes > windows[spec.window].slot_bytes) {
+      throw Error(Code::invalid_argument, "chunk '" + spec.name + "' has " + std::to_string(spec.weight_bytes) +
+                                              " bytes, more than its window's slots of " +
+                                              std::to_string(windows[spec.window].slot_bytes));
+    }
+    Chunk chunk;
+    chunk.spec = std::move(spec);
+    chunks.push_back(std::move(chunk));
+  }
+  if (sink) ring = std::make_unique<Ring>(device, options.piece_bytes, options.ring_pieces);
+  upload_stream = device->create_stream();
+  download_stream = device->create_stream();
+  threads.emplace_back([this] { run_lane("upload", &Impl::upload_step); });
+  threads.emplace_back([this] { run_lane("download", &Impl::download_step); });
+  threads.emplace_back([this] { run_lane("update", &Impl::update_step); });
+}
+
+void Scheduler::Impl::stop() {
+  {
+    std::lock_guard lock(mutex);
+    stopping = true;
+  }
+  if (ring) ring->stop();
+  changed.notify_all();
+  for (std::thread& thread : threads) thread.join();
+  threads.clear();
+}
+
+Scheduler::Impl::~Impl() {
+  stop();
+  // Copies in flight still use the planes, the slots and the ring.
+  for (StreamHandle stream : {upload_stream, download_stream}) {
+    try {
+      device->bind_thread();
+      device->synchronize(stream);
+      device->destroy_stream(stream);
+    } catch (const Error&) {
+      // The device is gone or failed; there is nothing left to wait for.
+    }
+  }
+  for (const Window& window : windows) {
+    for (const Slot& slot : window.slots) {
+      events.give(slot.ready);
+      events.give(slot.released);
+    }
+  }
+  for (const TicketState& ticket : tickets) {
+    if (ticket.event != 0) events.give(ticket.event);
+  }
+}
+
+void Scheduler::Impl::throw_if_failed() const {
+  if (failure != nullptr) std::rethrow_exception(failure);
+  if (stopping) throw Error(Code::state, "the scheduler is closed");
+}
+
+void Scheduler::Impl::check_chunk(std::uint32_t chunk) const {
+  if (chunk >= chunks.size()) {
+    throw Error(Code::invalid_argument, "there is no chunk " + std::to_string(chunk) + "; there are " +
+                                            std::to_string(chunks.size()));
+  }
+}
+
+Scheduler::Scheduler(std::shared_ptr<Device> device, std::vector<ChunkSpec> chunks, std::vector<WindowSpec> windows,
+                     std::shared_ptr<GradientSink> sink, SchedulerOptions options)
+    : impl_(std::make_unique<Impl>(std::move(device), std::move(chunks), std::move(windows), std::move(sink), options)) {}
+
+Scheduler::~Scheduler() = default;
+
+void Scheduler::set_schedule(std::vector<Visit> visits) {
+  std::lock_guard lock(impl_->mutex);
+  impl_->throw_if_failed();
+  for (const Visit& visit : visits) impl_->check_chunk(visit.chunk);
+  impl_->schedule = std::move(visits);
+  impl_->position = 0;
+  impl_->prefetch();
+}
+
+void* Scheduler::acquire(std::uint32_t chunk, Phase phase, StreamHandle stream) {
+  Impl& s = *impl_;
+  s.device->bind_thread();
+  std::unique_lock lock(s.mutex);
+  s.throw_if_failed();
+  s.check_chunk(chunk);
+  Chunk& c = s.chunks[chunk];
+  Window& window = s.windows[c.spec.window];
+  s.set_position(chunk, phase);
+  ++s.counters.visits;
+  if (c.slot >= 0) {
+    ++s.counters.hits;
+  } else {
+    const std::int32_t free_slot = s.victim(window, std::vector<bool>(window.slots.size(), false));
+    if (free_slot < 0) {
+      throw Error(Code::state, "no slot for chunk '" + c.spec.name + "': all " + std::to_string(window.slots.size()) +
+                                   " slots of its window are held by visits in progress; use a larger window");
+    }
+    s.assign(chunk, static_cast<std::uint32_t>(free_slot));
+  }
+  const std::int32_t index = c.slot;
+  Slot& slot = window.slots[index];
+  ++slot.pins;
+  c.held.push_back(index);
+  s.prefetch();
+  s.wait_for(lock, [&] { return slot.issued; });
+  lock.unlock();
+  const EventHandle before = s.spans.mark(stream);
+  s.device->wait(stream, slot.ready);
+  const EventHandle after = s.spans.mark(stream);
+  s.spans.add(Lane::compute, SpanKind::wait, static_cast<std::int32_t>(chunk), before, after, 0, /*keep_end=*/true);
+  lock.lock();
+  if (after != 0) s.visit_marks[chunk].push_back(after);
+  return slot.address;
+}
+
+void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
+  Impl& s = *impl_;
+  s.device->bind_thread();
+  std::unique_lock lock(s.mutex);
+  s.check_chunk(chunk);
+  Chunk& c = s.chunks[chunk];
+  if (c.held.empty()) throw Error(Code::state, "chunk '" + c.spec.name + "' is released but no visit holds it");
+  Slot& slot = s.windows[c.spec.window].slots[c.held.back()];
+  c.held.pop_back();
+  // Events are of one stream: what an earlier visit did on another stream must be part of this one's.
+  if (slot.was_released && slot.released_on != stream) s.device->wait(stream, slot.released);
+  s.device->record(slot.released, stream);
+  slot.was_released = true;
+  slot.released_on = stream;
+  --slot.pins;
+  auto marks = s.visit_marks.find(chunk);
+  if (marks != s.visit_marks.end() && !marks->second.empty()) {
+    const EventHandle start = marks->second.back();
+    marks->second.pop_back();
+    const SpanKind kind = phase == Phase::forward ? SpanKind::visit_forward : SpanKind::visit_backward;
+    s.spans.add(Lane::compute, kind, static_cast<std::int32_t>(chunk), start, s.spans.mark(stream), 0);
+  }
+  s.throw_if_failed();
+  s.prefetch();
+}
+
+Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std::size_t bytes, StreamHandle stream) {
+  Impl& s = *impl_;
+  s.device->bind_thread();
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  s.check_chunk(chunk);
+  if (!s.sink) throw Error(Code::state, "a gradient was submitted, but this scheduler has no sink for gradients");
+  if (bytes == 0) throw Error(Code::invalid_argument, "the gradient of chunk '" + s.chunks[chunk].spec.name + "' is empty");
+  ++s.chunks[chunk].submitted;
+  s.drop_copies(chunk);
+  s.pass_update(chunk);
+  DownloadTask task{};
+  task.is_gradient = true;
+  task.chunk = static_cast<std::int32_t>(chunk);
+  task.device = gradient;
+  task.bytes = bytes;
+  task.after_work = s.events.take();
+  s.device->record(task.after_work, stream);
+  task.ticket = s.new_ticket();
+  s.downloads.push_back(task);
+  s.prefetch();
+  s.changed.notify_all();
+  return task.ticket;
+}
+
+Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device, std::size_t bytes, StreamHandle stream) {
+  Impl& s = *impl_;
+  s.device->bind_thread();
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  DownloadTask task{};
+  task.chunk = chunk;
+  task.device = device;
+  task.host = host;
+  task.bytes = bytes;
+  task.after_work = s.events.take();
+  s.device->record(task.after_work, stream);
+  task.ticket = s.new_ticket();
+  s.downloads.push_back(task);
+  s.changed.notify_all();
+  return task.ticket;
+}
+
+Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes, StreamHandle stream,
+                              Ticket after) {
+  Impl& s = *impl_;
+  s.device->bind_thread();
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  UploadTask task{};
+  task.is_weights = false;
+  task.chunk = chunk;
+  task.device = device;
+  task.host = host;
+  task.bytes = bytes;
+  task.after = after;
+  task.after_work = s.events.take();
+  s.device->record(task.after_work, stream);
+  task.ticket = s.new_ticket();
+  s.uploads.push_back(task);
+  s.changed.notify_all();
+  return task.ticket;
+}
+
+bool Scheduler::done(Ticket ticket) {
+  Impl& s = *impl_;
+  s.device->bind_thread();
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  if (!s.ticket_issued(ticket)) return false;
+  const EventHandle event = s.ticket_event(ticket);
+  return event == 0 || s.device->done(event);
+}
+
+void Scheduler::wait(Ticket ticket, StreamHandle stream) {
+  Impl& s = *impl_;
+  s.device->bind_thread();
+  std::unique_lock lock(s.mutex);
+  s.wait_for(lock, [&] { return s.ticket_issued(ticket); });
+  const EventHandle event = s.ticket_event(ticket);
+  lock.unlock();
+  if (event != 0) s.device->wait(stream, event);
+}
+
+void Scheduler::synchronize_ticket(Ticket ticket) {
+  Impl& s = *impl_;
+  s.device->bind_thread();
+  std::unique_lock lock(s.mutex);
+  s.wait_for(lock, [&] { return s.ticket_issued(ticket); });
+  const EventHandle event = s.ticket_event(ticket);
+  lock.unlock();
+  if (event != 0) s.device->synchronize_event(event);
+}
+
+void Scheduler::invalidate(std::uint32_t chunk) {
+  std::lock_guard lock(impl_->mutex);
+  impl_->throw_if_failed();
+  impl_->check_chunk(chunk);
+  impl_->drop_copies(chunk);
+}
+
+void Scheduler::wait_updates() {
+  Impl& s = *impl_;
+  std::unique_lock lock(s.mutex);
+  s.wait_for(lock, [&] {
+    for (const Chunk& chunk : s.chunks) {
+      if (chunk.updated != chunk.submitted) return false;
+    }
+    return true;
+  });
+}
+
+void Scheduler::synchronize() {
+  Impl& s = *impl_;
+  s.device->bind_thread();
+  std::unique_lock lock(s.mutex);
+  s.wait_for(lock, [&] {
+    return s.uploads.empty() && s.downloads.empty() && s.updates.empty() && s.upload_busy == 0 &&
+           s.download_busy == 0 && s.update_busy == 0;
+  });
+  lock.unlock();
+  s.device->synchronize(s.upload_stream);
+  s.device->synchronize(s.download_stream);
+}
+
+void Scheduler::check() {
+  std::lock_guard lock(impl_->mutex);
+  impl_->throw_if_failed();
+}
+
+Trace& Scheduler::trace() {
+  impl_->device->bind_thread();
+  impl_->spans.resolve(false);
+  return impl_->trace;
+}
+
+void Scheduler::start_trace() {
+  synchronize();
+  impl_->trace.enable();
+  impl_->spans.start(impl_->upload_stream);
+}
+
+void Scheduler::stop_trace() {
+  synchronize();
+  impl_->trace.disable();
+  impl_->spans.resolve(true);
+}
+
+std::string Scheduler::chrome_trace() {
+  std::vector<std::string> names;
+  for (const Chunk& chunk : impl_->chunks) names.push_back(chunk.spec.name);
+  return trace().to_chrome_json(names);
+}
+
+Scheduler::Counters Scheduler::counters() const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->counters;
+}
+
+}  // namespace slidecore

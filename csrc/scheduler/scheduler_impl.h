@@ -1,0 +1,158 @@
+#pragma once
+// The scheduler's state. One mutex guards all of it; lanes sleep on one condition variable. Driver calls that may
+// block (waiting on the host backend's stream 0, synchronizing) are made without the mutex.
+
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "scheduler/device_spans.h"
+#include "scheduler/events.h"
+#include "slidecore/scheduler.h"
+
+namespace slidecore {
+
+struct Slot {
+  void* address = nullptr;
+  std::int32_t occupant = -1;        // chunk whose current weights are here or on their way, -1: none
+  std::uint64_t upload = 0;          // id of the upload that fills it; an older queued upload is void
+  bool issued = false;               // that upload is on the upload stream: `ready` can be waited for
+  int pins = 0;                      // visits that hold it
+  EventHandle ready = 0;             // the upload into it
+  EventHandle released = 0;          // the last visit's work in it
+  StreamHandle released_on = 0;
+  bool was_released = false;
+};
+
+struct Window {
+  std::size_t slot_bytes = 0;
+  std::vector<Slot> slots;
+};
+
+struct Chunk {
+  ChunkSpec spec;
+  std::int32_t slot = -1;            // in its window, -1: not there
+  std::vector<std::int32_t> held;    // slots of visits in progress, innermost last
+  std::uint64_t submitted = 0;       // gradients handed over
+  std::uint64_t updated = 0;         // gradients consumed
+  bool update_due = false;           // a visit that ends in an update was passed, its gradient is still to come
+  int reading = 0;                   // uploads being put on the stream right now
+  EventHandle last_upload = 0;       // event of the last upload that read the plane
+};
+
+struct UploadTask {
+  bool is_weights;
+  std::uint32_t window = 0, slot = 0;
+  std::uint64_t upload = 0;
+  std::int32_t chunk = -1;
+  void* device = nullptr;
+  const void* host = nullptr;
+  std::size_t bytes = 0;
+  EventHandle after_work = 0;
+  Ticket after = 0, ticket = 0;
+};
+
+struct DownloadTask {
+  bool is_gradient;
+  std::int32_t chunk = -1;
+  const void* device = nullptr;
+  void* host = nullptr;
+  std::size_t bytes = 0;
+  EventHandle after_work = 0;
+  Ticket ticket = 0;
+};
+
+struct UpdateTask {
+  std::uint32_t chunk;
+  std::size_t offset, bytes;
+  void* piece;
+  EventHandle landed;
+  bool first, last;
+};
+
+struct Scheduler::Impl {
+  Impl(std::shared_ptr<Device> device, std::vector<ChunkSpec> chunks, std::vector<WindowSpec> windows,
+       std::shared_ptr<GradientSink> sink, SchedulerOptions options);
+  ~Impl();
+
+  // windows.cpp; all need the mutex
+  void set_position(std::uint32_t chunk, Phase phase);
+  void prefetch();
+  void assign(std::uint32_t chunk, std::uint32_t slot);
+  std::int32_t victim(const Window& window, const std::vector<bool>& keep) const;
+  std::size_t next_use(std::int32_t chunk) const;
+  void drop_copies(std::uint32_t chunk);
+  void pass_update(std::uint32_t chunk);
+
+  // lanes.cpp
+  void run_lane(const char* name, void (Impl::*step)(std::unique_lock<std::mutex>&));
+  void upload_step(std::unique_lock<std::mutex>& lock);
+  void download_step(std::unique_lock<std::mutex>& lock);
+  void update_step(std::unique_lock<std::mutex>& lock);
+  bool upload_ready(const UploadTask& task) const;
+  bool upload_void(const UploadTask& task) const;
+  void upload_weights(const UploadTask& task, std::unique_lock<std::mutex>& lock);
+  void upload_input(const UploadTask& task, std::unique_lock<std::mutex>& lock);
+  void download_gradient(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
+  void download_input(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
+  void fail(const std::string& lane, std::exception_ptr error);
+  void stop();
+
+  // scheduler.cpp
+  void throw_if_failed() const;
+  void check_chunk(std::uint32_t chunk) const;
+  template <class Predicate>
+  void wait_for(std::unique_lock<std::mutex>& lock, Predicate predicate) {
+    changed.wait(lock, [&] { return failure != nullptr || stopping || predicate(); });
+    throw_if_failed();
+  }
+
+  // tickets.cpp; all need the mutex
+  Ticket new_ticket();
+  void issue_ticket(Ticket ticket, StreamHandle stream);
+  bool ticket_issued(Ticket ticket) const;
+  EventHandle ticket_event(Ticket ticket) const;  // 0: already done
+  void retire_tickets();
+
+  const std::shared_ptr<Device> device;
+  const std::shared_ptr<GradientSink> sink;
+  const SchedulerOptions options;
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<Chunk> chunks;
+  std::vector<Window> windows;
+  std::vector<Visit> schedule;
+  std::size_t position = 0;          // index of the visit expected next
+  std::uint64_t next_upload = 1;
+
+  std::deque<UploadTask> uploads;
+  std::deque<DownloadTask> downloads;
+  std::deque<UpdateTask> updates;
+  int upload_busy = 0, download_busy = 0, update_busy = 0;
+
+  struct TicketState {
+    EventHandle event = 0;
+    bool issued = false;
+  };
+  std::deque<TicketState> tickets;   // of ids first_ticket, first_ticket + 1, ...
+  Ticket first_ticket = 1;
+
+  Trace trace;
+  EventPool events;
+  DeviceSpans spans;
+  std::unique_ptr<Ring> ring;
+  StreamHandle upload_stream = 0, download_stream = 0;
+  std::map<std::uint32_t, std::vector<EventHandle>> visit_marks;  // when visits in progress began, traced ones only
+  Counters counters{};
+
+  std::exception_ptr failure;        // set once, by the lane that failed first
+  bool stopping = false;
+  std::vector<std::thread> threads;
+};
+
+}  // namespace slidecore
