@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         app = _app()
         result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="slidecore", standalone_mode=True)
     except SlidecoreError as error:
-        _show(error)
+        show_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         _print_error("interrupted", "")
@@ -41,7 +41,9 @@ def _app() -> typer.Typer:
     try:
         import typer
     except ImportError as error:
-        raise MissingDependencyError("typer, which the command line needs, is not installed", f"Run: {_EXTRA}") from error
+        raise MissingDependencyError(
+            "the command line needs typer, which is not installed", f"Run: {_EXTRA}"
+        ) from error
     from slidecore.finetune.command import finetune
 
     app = typer.Typer(
@@ -77,7 +79,8 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _show(error: SlidecoreError) -> None:
+def show_error(error: SlidecoreError) -> None:
+    """Prints what went wrong in one red line and what to do about it in another, on standard error."""
     _print_error(" ".join(error.message.split()), error.hint)
 
 

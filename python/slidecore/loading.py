@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from slidecore.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -244,10 +243,8 @@ class Checkpoint:
             )
         return fillings
 
-    def _match(
-        self, model: PreTrainedModel, entries: dict[str, torch.Tensor]
-    ) -> tuple[list[_Filling], set[str]]:
-        """Applies transformers' own renamings and conversions (old names, prefixes, fused experts) to the stored keys."""
+    def _match(self, model: PreTrainedModel, entries: dict[str, torch.Tensor]) -> tuple[list[_Filling], set[str]]:
+        """Applies transformers' renamings and conversions (old names, prefixes, fused experts) to the stored keys."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 

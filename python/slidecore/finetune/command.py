@@ -48,7 +48,7 @@ def finetune(
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TRAINING)] = 1e-5,
     warmup: Annotated[
         float,
-        typer.Option(help="Warm-up: a share of all steps if below 1, else a number of steps.", rich_help_panel=_TRAINING),
+        typer.Option(help="Warm-up: a share of all steps if below 1, else their number.", rich_help_panel=_TRAINING),
     ] = 0.03,
     weight_decay: Annotated[
         float, typer.Option(help="Decay of weight matrices (never of norms and biases).", rich_help_panel=_TRAINING)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from slidecore.errors import InputError, MissingDependencyError
 
 # A document longer than this is tokenised in pieces, cut at line ends, because tokenizers hold a multiple of their
@@ -89,8 +89,7 @@ class PackedData:
         """
         per_epoch = len(self) // batch_size
         epoch, position = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed((seed << 20) + epoch)
-        order = torch.randperm(len(self), generator=generator)
+        order = _order(len(self), seed, epoch)
         rows = self.sequences[order[position * batch_size : (position + 1) * batch_size].tolist()]
         input_ids = torch.as_tensor(rows["input_ids"], dtype=torch.int64)
         labels = torch.as_tensor(rows["labels"], dtype=torch.int64) if "labels" in rows else input_ids.clone()
@@ -149,8 +148,8 @@ def pack(
     """Reads, tokenises and packs all files; `cache_dir` keeps the tokens for as long as the result is used.
 
     Of a text file the whole is one document; of JSON Lines and Parquet every row is, with either `text` (a string) or
-    `messages` (a list of {"role", "content"}, rendered by the tokenizer's chat template). Tokens that do not fill a last
-    sequence are dropped, once, at the end of all data.
+    `messages` (a list of {"role", "content"}, rendered by the tokenizer's chat template). Tokens that do not fill a
+    last sequence are dropped, once, at the end of all data.
 
     Args:
         files: from `find_files`.
@@ -217,6 +216,11 @@ def pack(
     return PackedData(
         sequences.with_format("numpy"), sequence_length, encoder.documents, encoder.tokens, encoder.largest_token
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed((seed << 20) + epoch))
 
 
 class _Encoder:
@@ -290,7 +294,7 @@ class _Encoder:
         if self.assistant_only and not _GENERATION_MARK.search(str(template)):
             raise InputError(
                 "--assistant-only: the tokenizer's chat template does not mark the assistant's tokens",
-                "Put {% generation %} ... {% endgeneration %} around them in the chat template, or leave the option out.",
+                "Put {% generation %} ... {% endgeneration %} around them in the template, or leave the option out.",
             )
         try:
             encoded = self.tokenizer.apply_chat_template(
@@ -315,7 +319,7 @@ class _Encoder:
         columns = {"input_ids": encoded}
         if self.assistant_only:
             columns["labels"] = [
-                row if mask is None else [token if kept else _IGNORED_LABEL for token, kept in zip(row, mask, strict=True)]
+                row if mask is None else [t if kept else _IGNORED_LABEL for t, kept in zip(row, mask, strict=True)]
                 for row, mask in zip(encoded, masks, strict=True)
             ]
         return columns
@@ -380,7 +384,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{where} is not JSON: {error}", "JSON Lines have one complete object on every line.") from error
+        raise InputError(f"{where} is not JSON: {error}", "JSON Lines have one whole object on every line.") from error
     if not isinstance(row, dict):
         raise InputError(f"{where} is not a JSON object", 'Every line has to be an object such as {"text": "..."}.')
     return row

@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import slidecore
+import torch
 from slidecore.errors import InputError, InterruptedRunError, MissingDependencyError, TrainingError
 from slidecore.finetune import output
 from slidecore.finetune.data import PackedData, find_files, pack
@@ -153,14 +152,14 @@ class Training:
 
     def _update(self, number: int) -> tuple[float, float]:
         batch = self.data.batch(number - 1, self.options.batch_size, self.options.seed)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         result = self.model(**batch).loss
         # Looked at before backward, which in overlap mode already updates weights.
         loss = float(result.detach())
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss became {loss} at step {number}; the run stopped and no model was written",
-                "Lower --lr, lengthen --warmup, or check the data; if it happens at step 1, the model's weights are bad.",
+                "Lower --lr, lengthen --warmup, or check the data; at step 1 it is the model's weights that are bad.",
             )
         result.backward()
         self.optimizer.step()
@@ -174,7 +173,9 @@ def load_tokenizer(path: Path) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise MissingDependencyError("transformers is not installed", "Run: pip install 'slidecore[finetune]'") from error
+        raise MissingDependencyError(
+            "transformers is not installed", "Run: pip install 'slidecore[finetune]'"
+        ) from error
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((path / name).is_file() for name in names):
         raise InputError(
@@ -199,9 +200,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def cosine_schedule(
-    optimizer: torch.optim.Optimizer, warmup: int, steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear rise over `warmup` steps to the peak, then half a cosine towards zero at `steps`.
 
     Neither the first nor the last step has a rate of zero: each would be a step without effect.

@@ -67,8 +67,9 @@ class OutputDirectory:
         """
         staging = Path(tempfile.mkdtemp(prefix=_SAVING, dir=self.path))
         try:
-            model.save_pretrained(staging, max_shard_size=SHARD_SIZE)
-            tokenizer.save_pretrained(staging)
+            with _without_bars():
+                model.save_pretrained(staging, max_shard_size=SHARD_SIZE)
+                tokenizer.save_pretrained(staging)
             for file in staging.iterdir():
                 _sync(file)
             config = self.path / "config.json"
@@ -80,6 +81,20 @@ class OutputDirectory:
             _sync(self.path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would fight with the run's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _sync(path: Path) -> None:
