@@ -200,11 +200,12 @@ class Checkpoint:
         unexpected |= {name for name in filled if name not in entries}
         fillings = self._tie(model, fillings, set(entries) - set(filled))
 
-        names = {name for filling in fillings for name in filling.targets}
-        parameters = dict(model.named_parameters())
-        tied = {name for name in entries if name not in parameters and _is_parameter(model, name)}
-        keys = SimpleNamespace(missing_keys=set(entries) - names - tied, unexpected_keys=unexpected)
-        missing_parameters = sorted(name for name in parameters if name not in names)
+        # By identity: a tied parameter may be stored under any of its names.
+        names = {name for filling in fillings for name in filling.targets if name in entries}
+        covered = {id(model.get_parameter(name)) for name in names if _is_parameter(model, name)}
+        missing_parameters = sorted(name for name, p in model.named_parameters() if id(p) not in covered)
+        missing_buffers = {name for name in entries if name not in names and not _is_parameter(model, name)}
+        keys = SimpleNamespace(missing_keys=missing_buffers, unexpected_keys=unexpected)
         model._adjust_missing_and_unexpected_keys(keys)
 
         mismatched = [

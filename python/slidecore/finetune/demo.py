@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from slidecore.errors import MissingDependencyError, SlidecoreError
 from slidecore.finetune.options import Options
 
