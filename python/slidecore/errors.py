@@ -1,4 +1,4 @@
-"""Errors that a user can act on. What went wrong is the message; what to do about it is the hint."""
+"""The exceptions that slidecore raises, besides those of the native core (`slidecore._core.Error` and below)."""
 
 from __future__ import annotations
 
@@ -6,22 +6,39 @@ from typing import ClassVar
 
 
 class SlidecoreError(Exception):
-    """Base of the package's own errors.
+    """Base of the Python layer's errors.
 
-    `hint` says what to do, in one sentence, and may be empty. `exit_code` is what the command line returns: 2 where
-    nothing has been started yet, 1 where a run stopped on its way, 130 after an interrupt.
+    `message` says what is wrong; `hint` what to do about it, in a sentence, or nothing where the message does. The
+    command line returns `exit_code`: 2 where what was given cannot be used and nothing was started, 1 where a run
+    stopped on its way, 130 after an interrupt.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str = "", hint: str = "") -> None:
         super().__init__(f"{message}\n{hint}" if hint else message)
         self.message = message
         self.hint = hint
 
 
+class ModelError(SlidecoreError, ValueError):
+    """The model (or its files) cannot be offloaded as it is; nothing was changed."""
+
+    exit_code = 2
+
+
+class BudgetError(SlidecoreError, ValueError):
+    """A memory budget is too small; the message says the smallest that works."""
+
+    exit_code = 2
+
+
+class UsageError(SlidecoreError, RuntimeError):
+    """A call that this mode cannot honour; the message says what to write instead."""
+
+
 class InputError(SlidecoreError, ValueError):
-    """Something given to a command or function cannot be used. Raised before any work is lost."""
+    """A file, a directory or an option given to a command cannot be used; nothing was changed."""
 
     exit_code = 2
 

@@ -245,8 +245,8 @@ def _load(checkpoint: Checkpoint, options: Options) -> Any:
         )
     except InputError:
         raise
-    except (ValueError, MemoryError) as error:
-        # The engine's own refusals: no such device, a budget that is too small. They say what would work.
+    except (ValueError, RuntimeError, MemoryError) as error:
+        # The engine's refusals: no such device, a budget that is too small, too little memory. They say what would work.
         raise InputError(f"cannot offload the model: {error}") from error
 
 

@@ -1,0 +1,301 @@
+#!/usr/bin/env python3
+"""The CPU's AdamW against what this machine's memory can do, and against other implementations.
+
+AdamW does a handful of operations per byte, so its limit is the memory. Each implementation is charged the bytes its
+arithmetic has to move, no more: what it moves beyond that (a second copy, a cast) shows as a lower rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _machine import core_facts, emit, log, machine
+
+QUICK = {"parameters": 1 << 22, "repeats": 5}
+HYPER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+
+
+def time_calls(call: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls, after two that are not counted."""
+    call()
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def rate(seconds: list[float], moved_bytes: int, counted: str, parameters: int | None = None) -> dict[str, Any]:
+    """The figures of one measurement: medians, with the bytes that were counted spelled out."""
+    median = statistics.median(seconds)
+    result: dict[str, Any] = {
+        "seconds": {"median": median, "min": min(seconds), "all": seconds},
+        "counted": counted,
+        "bytes": moved_bytes,
+        "gb_per_s": moved_bytes / median / 1e9,
+    }
+    if parameters is not None:
+        result["bytes_per_parameter"] = moved_bytes / parameters
+        result["parameters_per_s"] = parameters / median
+    return result
+
+
+class CorePlanes:
+    """slidecore's planes of n parameters in host memory, filled with random numbers: 14 bytes per parameter."""
+
+    def __init__(self, n: int) -> None:
+        from slidecore import _core
+
+        host = _core.Device("host")
+        self.n = n
+        self._sizes = {"weight": 2, "residual": 2, "exp_avg": 4, "exp_avg_sq": 4, "gradient": 2}
+        self._buffers = {name: _core.HostBuffer(host, size * n, False) for name, size in self._sizes.items()}
+        generator = torch.Generator().manual_seed(0)
+        self.tensor("weight").normal_(0, 0.02, generator=generator)
+        self.tensor("residual").random_(-32768, 32768, generator=generator)
+        self.tensor("exp_avg").normal_(0, 1e-3, generator=generator)
+        self.tensor("exp_avg_sq").uniform_(1e-7, 1e-6, generator=generator)
+        self.tensor("gradient").normal_(0, 1e-3, generator=generator)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The plane as a tensor over the same memory."""
+        kinds = {"residual": torch.int16, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+        return torch.frombuffer(self._buffers[name], dtype=kinds.get(name, torch.bfloat16))
+
+    def address(self, name: str) -> int:
+        return self._buffers[name].address
+
+
+class CoreAdamW:
+    """Repeated steps of `slidecore._core.adamw` on a set of planes."""
+
+    def __init__(self, pool: Any, planes: CorePlanes) -> None:
+        self._pool, self._planes, self._step = pool, planes, 0
+
+    def __call__(self) -> None:
+        from slidecore import _core
+
+        self._step += 1
+        hyper = _core.AdamWHyper(
+            lr=HYPER["lr"],
+            beta1=HYPER["beta1"],
+            beta2=HYPER["beta2"],
+            eps=HYPER["eps"],
+            weight_decay=HYPER["weight_decay"],
+            step=self._step,
+        )
+        planes = self._planes
+        _core.adamw(
+            self._pool,
+            hyper,
+            n=planes.n,
+            gradient=planes.address("gradient"),
+            gradient_float32=False,
+            exp_avg=planes.address("exp_avg"),
+            exp_avg_sq=planes.address("exp_avg_sq"),
+            weight=planes.address("weight"),
+            residual=planes.address("residual"),
+        )
+
+
+def check(pool: Any) -> float:
+    """The largest relative difference to AdamW in float64 after one step, so that a fast wrong kernel is seen."""
+    planes = CorePlanes(100_003)
+    high = planes.tensor("weight").view(torch.int16).to(torch.int64)
+    master = ((high << 16) + planes.tensor("residual").to(torch.int64)) & 0xFFFFFFFF
+    start = torch.where(master >= 2**31, master - 2**32, master).to(torch.int32).view(torch.float32).double()
+    gradient = planes.tensor("gradient").double()
+    first, second = planes.tensor("exp_avg").double(), planes.tensor("exp_avg_sq").double()
+    CoreAdamW(pool, planes)()
+    beta1, beta2 = HYPER["beta1"], HYPER["beta2"]
+    first = beta1 * first + (1 - beta1) * gradient
+    second = beta2 * second + (1 - beta2) * gradient * gradient
+    wanted = start * (1 - HYPER["lr"] * HYPER["weight_decay"])
+    wanted -= HYPER["lr"] / (1 - beta1) * first / ((second / (1 - beta2)).sqrt() + HYPER["eps"])
+    high = planes.tensor("weight").view(torch.int16).to(torch.int64)
+    master = ((high << 16) + planes.tensor("residual").to(torch.int64)) & 0xFFFFFFFF
+    got = torch.where(master >= 2**31, master - 2**32, master).to(torch.int32).view(torch.float32).double()
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def core_results(n: int, repeats: int, threads: int, sets: list[str]) -> dict[str, Any]:
+    """slidecore's update with each instruction set, and the same threads' plain copy of as much memory."""
+    from slidecore import _core
+
+    pool = _core.ThreadPool(threads)
+    results: dict[str, Any] = {}
+    planes = CorePlanes(n)
+    chosen = _core.instruction_set()
+    for name in sets:
+        _core.force_instruction_set(name)
+        result = rate(
+            time_calls(CoreAdamW(pool, planes), repeats),
+            26 * n,
+            "reads gradient 2, weight 2, residual 2, moments 4 + 4; writes weight 2, residual 2, moments 4 + 4",
+            n,
+        )
+        result.update(threads=pool.threads, relative_error=check(pool))
+        results[f"slidecore {name}"] = result
+        log(f"slidecore {name}: {result['gb_per_s']:.1f} GB/s")
+    _core.force_instruction_set(chosen)
+    del planes
+    gc.collect()
+    host = _core.Device("host")
+    size = 7 * n
+    source, target = _core.HostBuffer(host, size, False), _core.HostBuffer(host, size, False)
+    torch.frombuffer(source, dtype=torch.uint8).random_(0, 256)
+    counted = "7 bytes per parameter read and as many written: as much memory as slidecore's planes take"
+    result = rate(
+        time_calls(lambda: _core.parallel_copy(pool, target.address, source.address, size), repeats), 2 * size, counted
+    )
+    result["threads"] = pool.threads
+    results["memcpy"] = result
+    log(f"memcpy: {result['gb_per_s']:.1f} GB/s")
+    tensors = torch.frombuffer(target, dtype=torch.uint8), torch.frombuffer(source, dtype=torch.uint8)
+    result = rate(time_calls(lambda: tensors[0].copy_(tensors[1]), repeats), 2 * size, counted)
+    result["threads"] = torch.get_num_threads()
+    results["torch copy"] = result
+    log(f"torch copy: {result['gb_per_s']:.1f} GB/s")
+    return results
+
+
+def torch_results(n: int, repeats: int) -> dict[str, Any]:
+    """torch's fused AdamW on float32 tensors, alone and with the casts that bfloat16 compute needs around it."""
+    results: dict[str, Any] = {}
+    weight = torch.nn.Parameter(torch.randn(n) * 0.02)
+    weight.grad = torch.randn(n) * 1e-3
+    optimizer = torch.optim.AdamW(
+        [weight],
+        lr=HYPER["lr"],
+        betas=(HYPER["beta1"], HYPER["beta2"]),
+        eps=HYPER["eps"],
+        weight_decay=HYPER["weight_decay"],
+        fused=True,
+    )
+    result = rate(
+        time_calls(optimizer.step, repeats),
+        28 * n,
+        "reads gradient 4, weight 4, moments 4 + 4; writes weight 4, moments 4 + 4 (all float32)",
+        n,
+    )
+    result["threads"] = torch.get_num_threads()
+    results["torch fused"] = result
+    log(f"torch fused: {result['gb_per_s']:.1f} GB/s")
+    half_gradient = weight.grad.to(torch.bfloat16)
+    half_weight = weight.detach().to(torch.bfloat16)
+
+    def with_casts() -> None:
+        assert weight.grad is not None
+        weight.grad.copy_(half_gradient)
+        optimizer.step()
+        with torch.no_grad():
+            half_weight.copy_(weight)
+
+    result = rate(
+        time_calls(with_casts, repeats),
+        40 * n,
+        "as torch fused, and gradient bfloat16 to float32 (2 + 4), weight float32 to bfloat16 (4 + 2)",
+        n,
+    )
+    result["threads"] = torch.get_num_threads()
+    results["torch fused with casts"] = result
+    log(f"torch fused with casts: {result['gb_per_s']:.1f} GB/s")
+    return results
+
+
+def deepspeed_result(n: int, repeats: int) -> dict[str, Any]:
+    """DeepSpeed's CPUAdam in AdamW mode, where it is installed and builds."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return {"skipped": "deepspeed is not installed"}
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        weight = torch.nn.Parameter(torch.randn(n) * 0.02)
+        weight.grad = torch.randn(n) * 1e-3
+        optimizer = DeepSpeedCPUAdam(
+            [weight],
+            lr=HYPER["lr"],
+            betas=(HYPER["beta1"], HYPER["beta2"]),
+            eps=HYPER["eps"],
+            weight_decay=HYPER["weight_decay"],
+            adamw_mode=True,
+        )
+        result = rate(
+            time_calls(optimizer.step, repeats),
+            28 * n,
+            "reads gradient 4, weight 4, moments 4 + 4; writes weight 4, moments 4 + 4 (all float32)",
+            n,
+        )
+    except Exception as error:  # its kernels are compiled on first use: a missing compiler is no failure of ours
+        return {"skipped": f"deepspeed is installed but did not run: {type(error).__name__}: {error}"}
+    log(f"deepspeed CPUAdam: {result['gb_per_s']:.1f} GB/s")
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=1 << 28, help="parameters in one update (default: 2^28)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls; the median counts")
+    parser.add_argument("--threads", type=int, default=0, help="threads of slidecore's pool; 0: its own choice")
+    parser.add_argument("--torch-threads", type=int, default=0, help="threads of the peers; 0: every processor")
+    parser.add_argument("--isa", default="auto", help="instruction set: auto, all, or a name")
+    parser.add_argument("--out", help="also write the JSON to this file")
+    parser.add_argument("--quick", action="store_true", help="few parameters: checks that all of it works")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        parser.set_defaults(**QUICK)
+        arguments = parser.parse_args()
+    if arguments.parameters < 1 or arguments.repeats < 1:
+        parser.error("--parameters and --repeats must be at least 1")
+    facts = machine()
+    torch.set_num_threads(arguments.torch_threads or facts["usable_cpus"])
+    document: dict[str, Any] = {
+        "bench": "adamw",
+        "machine": facts,
+        "command": sys.argv[1:],
+        "parameters": arguments.parameters,
+        "repeats": arguments.repeats,
+        "core": core_facts(),
+        "results": {},
+        "ratios": {},
+    }
+    available = document["core"]["instruction_sets"]
+    if arguments.isa == "all":
+        sets = list(available)
+    else:
+        sets = [document["core"]["instruction_set"] if arguments.isa == "auto" else arguments.isa]
+        if sets[0] not in available:
+            parser.error(f"--isa {sets[0]}: this machine has {', '.join(available)}")
+    results = document["results"]
+    results.update(core_results(arguments.parameters, arguments.repeats, arguments.threads, sets))
+    gc.collect()
+    results.update(torch_results(arguments.parameters, arguments.repeats))
+    gc.collect()
+    results["deepspeed CPUAdam"] = deepspeed_result(arguments.parameters, arguments.repeats)
+    for name in [f"slidecore {name}" for name in sets]:
+        mine = results[name]
+        document["ratios"][name] = {
+            "gb_per_s over memcpy": mine["gb_per_s"] / results["memcpy"]["gb_per_s"],
+            "gb_per_s over torch copy": mine["gb_per_s"] / results["torch copy"]["gb_per_s"],
+            **{
+                f"parameters_per_s over {peer}": mine["parameters_per_s"] / results[peer]["parameters_per_s"]
+                for peer in ("torch fused", "torch fused with casts", "deepspeed CPUAdam")
+                if "parameters_per_s" in results[peer]
+            },
+        }
+    emit(document, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+#include "slidecore/scheduler.h"
+
+#include <tuple>
+
+#include "bindings.h"
+#include "slidecore/adamw_sink.h"
+#include "slidecore/status.h"
+
+namespace slidecore::bindings {
+namespace {
+
+// Lets close() end the lanes while Python objects still refer to the scheduler. The mutex-free check is enough:
+// close() is called by the thread that owns the model.
+class Handle {
+ public:
+  explicit Handle(std::unique_ptr<Scheduler> scheduler) : scheduler_(std::move(scheduler)) {}
+  Scheduler& get() const {
+    if (!scheduler_) throw Error(Code::state, "the scheduler is closed");
+    return *scheduler_;
+  }
+  void close() {
+    if (!scheduler_) return;
+    try {
+      scheduler_->synchronize();
+    } catch (const Error&) {
+      // A failed lane was reported to the call that met it; closing is still possible.
+    }
+    scheduler_.reset();
+  }
+
+ private:
+  std::unique_ptr<Scheduler> scheduler_;
+};
+
+using ChunkTuple = std::tuple<std::string, std::uintptr_t, std::size_t, std::uint32_t>;
+using WindowTuple = std::pair<std::vector<std::uintptr_t>, std::size_t>;
+using VisitTuple = std::tuple<std::uint32_t, int, bool, bool>;
+
+std::unique_ptr<Handle> make_scheduler(std::shared_ptr<Device> device, const std::vector<ChunkTuple>& chunks,
+                                       const std::vector<WindowTuple>& windows, std::shared_ptr<AdamWSink> sink,
+                                       std::size_t piece_bytes, std::size_t ring_pieces, std::size_t trace_spans) {
+  std::vector<ChunkSpec> chunk_specs;
+  for (const auto& [name, weight, bytes, window] : chunks) {
+    chunk_specs.push_back({name, pointer<const void>(weight), bytes, window});
+  }
+  std::vector<WindowSpec> window_specs;
+  for (const auto& [slots, bytes] : windows) {
+    WindowSpec spec{{}, bytes};
+    for (const std::uintptr_t slot : slots) spec.slots.push_back(pointer<void>(slot));
+    window_specs.push_back(std::move(spec));
+  }
+  return std::make_unique<Handle>(std::make_unique<Scheduler>(std::move(device), std::move(chunk_specs),
+                                                              std::move(window_specs), std::move(sink),
+                                                              SchedulerOptions{piece_bytes, ring_pieces, trace_spans}));
+}
+
+Phase phase_of(int phase) {
+  if (phase != 0 && phase != 1) throw Error(Code::invalid_argument, "phase must be Scheduler.FORWARD or Scheduler.BACKWARD");
+  return phase == 0 ? Phase::forward : Phase::backward;
+}
+
+py::dict summary_of(Scheduler& scheduler) {
+  const TraceSummary summary = scheduler.trace().summary();
+  py::dict lanes;
+  for (int i = 0; i < kLanes; ++i) {
+    const LaneSummary& lane = summary.lanes[i];
+    py::dict entry;
+    entry["busy_s"] = lane.busy_s;
+    entry["busy_share"] = lane.busy_share;
+    entry["bytes"] = lane.bytes;
+    entry["spans"] = lane.spans;
+    lanes[lane_name(static_cast<Lane>(i))] = entry;
+  }
+  py::dict out;
+  out["wall_s"] = summary.wall_s;
+  out["exposed_wait_s"] = summary.exposed_wait_s;
+  out["dropped"] = summary.dropped;
+  out["lanes"] = lanes;
+  return out;
+}
+
+void bind_sink(py::module_& m) {
+  using Segment = std::tuple<std::size_t, std::size_t, AdamWHyper>;
+  py::class_<AdamWSink, std::shared_ptr<AdamWSink>>(m, "AdamWSink")
+      .def(py::init<std::shared_ptr<ThreadPool>>(), py::arg("pool"))
+      .def("add_chunk",
+           [](AdamWSink& sink, std::size_t n, bool gradient_float32, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
+              std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t weight32) {
+             // A chunk whose parameters are all frozen keeps its index but has nothing to update.
+             const AdamWPlanes planes =
+                 n == 0 ? AdamWPlanes{} : make_planes(weight, residual, weight32, exp_avg, exp_avg_sq);
+             return sink.add_chunk(planes, n, gradient_float32 ? GradientType::float32 : GradientType::bfloat16);
+           },
+           py::kw_only(), py::arg("n"), py::arg("gradient_float32"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+           py::arg("weight") = 0, py::arg("residual") = 0, py::arg("weight32") = 0)
+      .def("prepare",
+           [](AdamWSink& sink, std::uint32_t chunk, const std::vector<Segment>& segments) {
+             std::vector<AdamWSink::Segment> table;
+             for (const auto& [offset, length, hyper] : segments) table.push_back({offset, length, hyper});
+             sink.prepare(chunk, std::move(table));
+           },
+           py::arg("chunk"), py::arg("segments"));
+}
+
+}  // namespace
+
+void bind_scheduler(py::module_& m) {
+  bind_sink(m);
+  const SchedulerOptions defaults;
+  py::class_<Handle> scheduler(m, "Scheduler");
+  scheduler.attr("FORWARD") = 0;
+  scheduler.attr("BACKWARD") = 1;
+  scheduler
+      .def(py::init(&make_scheduler), py::arg("device"), py::arg("chunks"), py::arg("windows"), py::arg("sink"),
+           py::arg("piece_bytes") = defaults.piece_bytes, py::arg("ring_pieces") = defaults.ring_pieces,
+           py::arg("trace_spans") = defaults.trace_spans)
+      .def("set_schedule",
+           [](const Handle& s, const std::vector<VisitTuple>& visits) {
+             std::vector<Visit> schedule;
+             for (const auto& [chunk, phase, weights, updates] : visits) {
+               schedule.push_back({chunk, phase_of(phase), weights, updates});
+             }
+             s.get().set_schedule(std::move(schedule));
+           },
+           py::arg("visits"))
+      .def("acquire",
+           [](const Handle& s, std::uint32_t chunk, int phase, StreamHandle stream) {
+             return address(s.get().acquire(chunk, phase_of(phase), stream));
+           },
+           py::arg("chunk"), py::arg("phase"), py::arg("stream"), ReleaseGil())
+      .def("release",
+           [](const Handle& s, std::uint32_t chunk, int phase, StreamHandle stream) {
+             s.get().release(chunk, phase_of(phase), stream);
+           },
+           py::arg("chunk"), py::arg("phase"), py::arg("stream"), ReleaseGil())
+      .def("submit_gradient",
+           [](const Handle& s, std::uint32_t chunk, std::uintptr_t gradient, std::size_t bytes, StreamHandle stream) {
+             return s.get().submit_gradient(chunk, pointer<const void>(gradient), bytes, stream);
+           },
+           py::arg("chunk"), py::arg("gradient"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def("save_input",
+           [](const Handle& s, std::int32_t chunk, std::uintptr_t host, std::uintptr_t device, std::size_t bytes,
+              StreamHandle stream) {
+             return s.get().save_input(chunk, pointer<void>(host), pointer<const void>(device), bytes, stream);
+           },
+           py::arg("chunk"), py::arg("host"), py::arg("device"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def("fetch_input",
+           [](const Handle& s, std::int32_t chunk, std::uintptr_t device, std::uintptr_t host, std::size_t bytes,
+              StreamHandle stream, Ticket after) {
+             return s.get().fetch_input(chunk, pointer<void>(device), pointer<const void>(host), bytes, stream, after);
+           },
+           py::arg("chunk"), py::arg("device"), py::arg("host"), py::arg("nbytes"), py::arg("stream"),
+           py::arg("after") = 0, ReleaseGil())
+      .def("done", [](const Handle& s, Ticket t) { return s.get().done(t); }, py::arg("ticket"), ReleaseGil())
+      .def("wait", [](const Handle& s, Ticket t, StreamHandle stream) { s.get().wait(t, stream); }, py::arg("ticket"),
+           py::arg("stream"), ReleaseGil())
+      .def("synchronize_ticket", [](const Handle& s, Ticket t) { s.get().synchronize_ticket(t); }, py::arg("ticket"),
+           ReleaseGil())
+      .def("invalidate", [](const Handle& s, std::uint32_t chunk) { s.get().invalidate(chunk); }, py::arg("chunk"))
+      .def("wait_updates", [](const Handle& s) { s.get().wait_updates(); }, ReleaseGil())
+      .def("synchronize", [](const Handle& s) { s.get().synchronize(); }, ReleaseGil())
+      .def("check", [](const Handle& s) { s.get().check(); })
+      .def("close", &Handle::close, ReleaseGil())
+      .def("start_trace", [](const Handle& s) { s.get().start_trace(); }, ReleaseGil())
+      .def("stop_trace", [](const Handle& s) { s.get().stop_trace(); }, ReleaseGil())
+      .def("chrome_trace", [](const Handle& s) { return s.get().chrome_trace(); })
+      .def("trace_spans",
+           [](const Handle& s) {
+             py::list out;
+             for (const Span& span : s.get().trace().spans()) {
+               out.append(py::make_tuple(lane_name(span.lane), span_kind_name(span.kind), span.chunk, span.start_ns,
+                                         span.end_ns, span.bytes));
+             }
+             return out;
+           })
+      .def("trace_summary", [](const Handle& s) { return summary_of(s.get()); })
+      .def("counters", [](const Handle& s) {
+        const Scheduler::Counters c = s.get().counters();
+        py::dict out;
+        out["uploads"] = c.uploads;
+        out["upload_bytes"] = c.upload_bytes;
+        out["gradients"] = c.gradients;
+        out["gradient_bytes"] = c.gradient_bytes;
+        out["unscheduled_visits"] = c.unscheduled_visits;
+        out["visits"] = c.visits;
+        out["hits"] = c.hits;
+        return out;
+      });
+}
+
+}  // namespace slidecore::bindings

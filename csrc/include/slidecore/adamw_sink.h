@@ -1,0 +1,51 @@
+#pragma once
+// The GradientSink that applies AdamW: what the update lane does with gradients as their pieces land.
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "slidecore/optimizer.h"
+#include "slidecore/scheduler.h"
+
+namespace slidecore {
+
+// Chunks are numbered as in the Scheduler it serves: by the order of add_chunk(). Each submission of a chunk's
+// gradient consumes one prepared table, in the order of prepare(), so the table of step t+1 may be prepared while
+// step t is still being consumed. add_chunk(), prepare() and discard() may be called while the update lane is at work.
+class AdamWSink final : public GradientSink {
+ public:
+  // Elements [offset, offset + length) of the chunk are updated with `hyper`.
+  struct Segment {
+    std::size_t offset = 0;
+    std::size_t length = 0;
+    AdamWHyper hyper = {};
+  };
+
+  explicit AdamWSink(std::shared_ptr<ThreadPool> pool);
+  ~AdamWSink() override;
+  AdamWSink(const AdamWSink&) = delete;
+  AdamWSink& operator=(const AdamWSink&) = delete;
+
+  // The planes (n elements each) must outlive the sink's use of them. Returns the chunk's index.
+  std::uint32_t add_chunk(const AdamWPlanes& planes, std::size_t n, GradientType type);
+
+  // Says how the chunk's next submission is applied. Segments ascend and do not overlap; elements outside them
+  // stay as they are. Throws Error(invalid_argument) otherwise, and changes nothing then.
+  void prepare(std::uint32_t chunk, const std::vector<Segment>& segments);
+
+  // Drops what was prepared for the chunk and not begun (a step that was given up).
+  void discard(std::uint32_t chunk);
+
+  // Throws Error(state) if nothing is prepared for the chunk.
+  void begin(std::uint32_t chunk) override;
+  void consume(std::uint32_t chunk, std::size_t offset_bytes, const void* piece, std::size_t bytes) override;
+  void end(std::uint32_t chunk) override;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace slidecore

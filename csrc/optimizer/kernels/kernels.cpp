@@ -1,0 +1,105 @@
+// Compiled once per instruction set (cmake/instruction_sets.cmake), as namespace SLIDECORE_KERNEL_SET.
+// Plain loops for the vectoriser. Only operations that IEEE 754 rounds correctly, one at a time, so lane width
+// cannot change a bit.
+
+#include "optimizer/kernels/kernels.h"
+
+namespace slidecore::kernels::SLIDECORE_KERNEL_SET {
+namespace {
+
+inline float from_bits(std::uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
+inline std::uint32_t to_bits(float value) {
+  return __builtin_bit_cast(std::uint32_t, value);
+}
+
+inline float load(const std::uint16_t& bfloat16) {
+  return from_bits(std::uint32_t{bfloat16} << 16);
+}
+inline float load(const float& value) {
+  return value;
+}
+
+// Which NaN an operation returns depends on operand order, which the compiler may swap, and on the processor.
+// One pattern for all keeps the results identical; it is also one whose bf16 half is still a NaN.
+inline float one_nan(float value) {
+  return value != value ? from_bits(0x7fc00000u) : value;
+}
+
+inline std::uint16_t high_part(std::uint32_t bits) {
+  return static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+}
+inline std::int16_t low_part(std::uint32_t bits) {
+  return static_cast<std::int16_t>(bits & 0xffffu);
+}
+inline std::uint32_t joined(std::uint16_t weight, std::int16_t residual) {
+  return (std::uint32_t{weight} << 16) + static_cast<std::uint32_t>(std::int32_t{residual});
+}
+
+template <bool Split, typename Gradient>
+inline void loop(const Scalars s, const Gradient* __restrict gradient, std::uint16_t* __restrict weight,
+                 std::int16_t* __restrict residual, float* __restrict weight32, float* __restrict exp_avg,
+                 float* __restrict exp_avg_sq, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const float g = load(gradient[i]) * s.gradient_factor;
+    float p;
+    if constexpr (Split) {
+      p = from_bits(joined(weight[i], residual[i]));
+    } else {
+      p = weight32[i];
+    }
+    p *= s.decay;
+    const float m_old = exp_avg[i];
+    const float m = (s.lerp_from_gradient ? g : m_old) + s.lerp_factor * (g - m_old);
+    const float v = exp_avg_sq[i] * s.beta2 + s.one_minus_beta2 * g * g;
+    const float denominator = __builtin_sqrtf(v) / s.bias_correction2_sqrt + s.eps;
+    p = one_nan(p + s.minus_step_size * m / denominator);
+    exp_avg[i] = one_nan(m);
+    exp_avg_sq[i] = one_nan(v);
+    if constexpr (Split) {
+      const std::uint32_t bits = to_bits(p);
+      weight[i] = high_part(bits);
+      residual[i] = low_part(bits);
+    } else {
+      weight32[i] = p;
+    }
+  }
+}
+
+template <bool Split, typename Gradient>
+void adamw(const Scalars& scalars, const Planes& planes, const void* gradient, std::size_t n) {
+  loop<Split>(scalars, static_cast<const Gradient*>(gradient), planes.weight, planes.residual, planes.weight32,
+              planes.exp_avg, planes.exp_avg_sq, n);
+}
+
+void split(const float* __restrict master, std::uint16_t* __restrict weight, std::int16_t* __restrict residual,
+           std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = to_bits(master[i]);
+    weight[i] = high_part(bits);
+    residual[i] = low_part(bits);
+  }
+}
+
+void merge(const std::uint16_t* __restrict weight, const std::int16_t* __restrict residual, float* __restrict master,
+           std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) master[i] = from_bits(joined(weight[i], residual[i]));
+}
+
+#define SLIDECORE_QUOTE_(x) #x
+#define SLIDECORE_QUOTE(x) SLIDECORE_QUOTE_(x)
+
+}  // namespace
+
+const Table table = {
+    SLIDECORE_QUOTE(SLIDECORE_KERNEL_SET),
+    adamw<true, std::uint16_t>,
+    adamw<true, float>,
+    adamw<false, std::uint16_t>,
+    adamw<false, float>,
+    split,
+    merge,
+};
+
+}  // namespace slidecore::kernels::SLIDECORE_KERNEL_SET

@@ -1,0 +1,67 @@
+"""Where a model computes: PyTorch's device and the core's device behind it."""
+
+from __future__ import annotations
+
+import torch
+
+from slidecore import _core
+from slidecore.errors import UsageError
+
+
+class Backend:
+    """A compute device. `torch_device` holds slots and activations; `core` moves bytes to and from it."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        """Opens `device`: "auto" (a card if PyTorch sees one, else the host), "cpu" (the host backend), "cuda[:i]".
+
+        Raises:
+            UsageError: the device is of a kind that slidecore does not know, or PyTorch cannot use it.
+        """
+        if str(device) == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        requested = torch.device(device)
+        if requested.type == "cpu":
+            self.torch_device = torch.device("cpu")
+            self.core = _core.Device("host", 0)
+        elif requested.type == "cuda":
+            if not torch.cuda.is_available():
+                raise UsageError(
+                    f"device={str(device)!r}, but PyTorch sees no card (torch {torch.__version__}); install a PyTorch "
+                    f"build for your card, or use device='cpu' for the host backend"
+                )
+            index = torch.cuda.current_device() if requested.index is None else requested.index
+            if index >= torch.cuda.device_count():
+                raise UsageError(f"device={str(device)!r}, but there are {torch.cuda.device_count()} cards")
+            self.torch_device = torch.device("cuda", index)
+            torch.cuda.init()
+            self.core = _core.Device("hip" if torch.version.hip else "cuda", index)
+        else:
+            raise UsageError(f"device={str(device)!r} is not supported; use 'auto', 'cuda', 'cuda:1' or 'cpu'")
+        self.is_host = self.core.is_host
+
+    def stream(self) -> int:
+        """The current PyTorch stream's handle; 0 on the host backend."""
+        return 0 if self.is_host else int(torch.cuda.current_stream(self.torch_device).cuda_stream)
+
+    def empty(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised flat tensor in device memory; on the host backend it is counted there."""
+        if not self.is_host:
+            return torch.empty(numel, dtype=dtype, device=self.torch_device)
+        if numel == 0:
+            return torch.empty(0, dtype=dtype)
+        nbytes = numel * torch.empty((), dtype=dtype).element_size()
+        return torch.frombuffer(_core.DeviceBuffer(self.core, nbytes), dtype=dtype)
+
+    def available_memory(self) -> int | None:
+        """Bytes that could still be allocated on the card, PyTorch's cache included; None on the host backend."""
+        if self.is_host:
+            return None
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return int(free + cached)
+
+    def memory_in_use(self) -> tuple[int, int]:
+        """Bytes of device memory in use now, and the most there were."""
+        if self.is_host:
+            return self.core.memory_in_use, self.core.memory_peak
+        return torch.cuda.memory_allocated(self.torch_device), torch.cuda.max_memory_allocated(self.torch_device)

@@ -1,0 +1,560 @@
+"""The engine of one offloaded model: its chunks, planes, scheduler, and where in a training step it is."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from slidecore import _core
+from slidecore.backend import Backend
+from slidecore.errors import UsageError
+from slidecore.gradients import GradientBuffers, GradientSum
+from slidecore.partition import Chunk, Entry, partition
+from slidecore.planes import Planes, lay_out
+from slidecore.planner import ActivationPlan, check_device_budget, device_needs, plan_activations
+from slidecore.saved_inputs import SavedInputs
+from slidecore.visit import Call, KeptGraph, RandomState, Record, Use, Visits, leaves_of, swapped
+
+if TYPE_CHECKING:
+    from slidecore.head import HeadRecord
+    from slidecore.optimizer import AdamW
+
+logger = logging.getLogger("slidecore")
+
+FORWARD, BACKWARD = _core.Scheduler.FORWARD, _core.Scheduler.BACKWARD
+GRADIENT_BUFFERS = 2
+# The head's tiles: bytes that a logit costs (itself and its gradient in bf16, the float32 copies of the loss), and
+# tokens; matrix products are at full speed long before the largest.
+BYTES_PER_LOGIT = 16
+SMALLEST_TILE, LARGEST_TILE = 128, 8192
+# Tensors smaller than this are not worth a trip to host memory.
+SMALLEST_SAVED = 4096
+_CROSS_BATCH = (nn.modules.batchnorm._BatchNorm,)
+
+ScheduledVisit = tuple[int, int, bool, bool]
+engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+class Engine:
+    """Ties a model to its planes and its scheduler.
+
+    States of a step: "idle" -> first forward visit with a graph -> "forward" -> first backward visit -> "backward"
+    -> end of the backward pass -> "updated" -> optimizer.step() -> "idle".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: Backend,
+        *,
+        compute_dtype: torch.dtype,
+        device_memory: int | None,
+        window: int,
+        micro_batch: int | None,
+        keep_graphs: int | None,
+        blocks: Sequence[str | nn.Module] | None,
+        train: bool,
+        threads: int,
+        piece_bytes: int,
+        ring_pieces: int,
+    ) -> None:
+        self.backend = backend
+        self.compute_dtype = compute_dtype
+        self.train = train
+        self.micro_batch = micro_batch
+        self._keep_graphs_asked = keep_graphs
+        self.chunks = partition(model, blocks)
+        if not train:
+            for chunk in self.chunks:
+                for entry in chunk.entries:
+                    entry.trainable = False
+        lay_out(self.chunks)
+        self.needs = device_needs(self.chunks, compute_dtype, window, train, GRADIENT_BUFFERS)
+        if device_memory is not None:
+            smallest = device_needs(self.chunks, compute_dtype, 2, train, GRADIENT_BUFFERS)
+            check_device_budget(self.needs, device_memory, window, smallest)
+        else:
+            available = backend.available_memory()
+            if available is not None:
+                check_device_budget(self.needs, available, window, self.needs)
+                # The rest is for what other libraries allocate, and for the allocator's rounding.
+                device_memory = int(available * 0.85)
+        self.device_memory = device_memory
+        self.window = window
+
+        self.pool = _core.ThreadPool(threads)
+        self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train)
+        self.entries: dict[int, tuple[Chunk, Entry]] = {}
+        self._fill_planes()
+
+        item = compute_dtype.itemsize
+        block_numel, edge_numel = self.needs.slots // window // item, self.needs.edge_slot // item
+        resident_numel = self.needs.resident // item
+        self._slots: dict[int, torch.Tensor] = {}
+        windows: list[tuple[list[int], int]] = []
+        window_of: dict[str, int] = {}
+        for kind, numel, count in (("block", block_numel, window), ("edge", edge_numel, 1), ("resident", resident_numel, 1)):
+            if numel == 0:
+                continue
+            addresses = []
+            for _ in range(count):
+                slot = backend.empty(numel, compute_dtype)
+                self._slots[slot.data_ptr()] = slot
+                addresses.append(slot.data_ptr())
+            window_of[kind] = len(windows)
+            windows.append((addresses, numel * item))
+        self._sink = _core.AdamWSink(self.pool) if train else None
+        if self._sink is not None:
+            self._add_chunks_to_sink(self._sink)
+        self.scheduler = _core.Scheduler(
+            backend.core,
+            [(c.name, self.planes.weight.address(c), c.numel * item, window_of[c.kind]) for c in self.chunks],
+            windows,
+            self._sink,
+            piece_bytes=piece_bytes,
+            ring_pieces=ring_pieces,
+        )
+        self.ring_bytes = piece_bytes * ring_pieces if train else 0
+        self.saved_inputs = SavedInputs(backend, self.scheduler)
+        self.gradient_buffers = GradientBuffers(backend, GRADIENT_BUFFERS)
+        self.visits = Visits(self)
+
+        self.optimizer: weakref.ref[AdamW] | None = None
+        self.state = "idle"
+        self.generation = 0  # of the weights: passes that updated them
+        self._sums: dict[Chunk, GradientSum] = {}
+        self._pending: Counter[Chunk] = Counter()
+        self._sequence: list[ScheduledVisit] = []
+        self._last_recomputed: weakref.ref[Record] | None = None
+        self._live: weakref.WeakSet[Record | HeadRecord] = weakref.WeakSet()
+        self._plans: dict[Any, ActivationPlan] = {}
+        self._plan = ActivationPlan(1, 0, 0)
+        self._whole_batch: set[str] = set()
+        self._block_position = 0
+        self._hyper: dict[Entry, _core.AdamWHyper] = {}
+        self._resident_depth = 0
+        self.uses: list[Use] = []
+        self._mode = ""
+        self._schedules = {"train": self._first_schedule(), "infer": []}
+        self._schedules["infer"] = [v for v in self._schedules["train"] if v[1] == FORWARD]
+        self._block_ordinal = {c.name: i for i, c in enumerate(c for c in self.chunks if c.kind == "block")}
+        self.detach: list[Callable[[], object]] = []  # undoes what was hooked into the model
+        self.closed = False
+        engines.add(self)
+
+    # --- set-up
+
+    def _fill_planes(self) -> None:
+        """Moves every parameter into its plane, one at a time: the old storage is freed as soon as it is copied."""
+        for chunk in self.chunks:
+            for entry in chunk.entries:
+                parameter = entry.parameter
+                if not parameter.is_meta:
+                    self.planes.write(chunk, entry, parameter.data)
+                view = self.planes.weight.view(chunk, entry)
+                if parameter.is_meta:
+                    replacement = nn.Parameter(view, requires_grad=parameter.requires_grad)
+                    for module, attribute in entry.owners:
+                        module._parameters[attribute] = replacement
+                    entry.parameter = replacement
+                else:
+                    parameter.data = view
+                    parameter.grad = None
+                self.entries[id(entry.parameter)] = (chunk, entry)
+
+    def _add_chunks_to_sink(self, sink: _core.AdamWSink) -> None:
+        planes = self.planes
+        split = self.compute_dtype != torch.float32
+        for chunk in self.chunks:
+            if chunk.trainable_numel == 0:
+                sink.add_chunk(n=0, gradient_float32=False, exp_avg=0, exp_avg_sq=0)
+                continue
+            weight = planes.weight.address(chunk)
+            sink.add_chunk(
+                n=chunk.trainable_numel,
+                gradient_float32=not split,
+                exp_avg=planes.exp_avg.address(chunk),
+                exp_avg_sq=planes.exp_avg_sq.address(chunk),
+                weight=weight if split else 0,
+                residual=planes.residual.address(chunk) if split else 0,
+                weight32=0 if split else weight,
+            )
+
+    def _first_schedule(self) -> list[ScheduledVisit]:
+        """The schedule as the structure suggests it; the first step's real one replaces it."""
+        order = [c for c in self.chunks if c.kind == "resident"] + [c for c in self.chunks if c.kind != "resident"]
+        forward = [(c.index, FORWARD, True, False) for c in order]
+        return forward + [(c.index, BACKWARD, True, c.trainable_numel > 0) for c in reversed(order)]
+
+    def wrap(self) -> None:
+        """Replaces the forward of every chunk's modules."""
+        for chunk in self.chunks:
+            for name, module in chunk.uses:
+                if chunk.kind == "resident":
+                    module.forward = self._scoped(chunk, module.forward)  # type: ignore[method-assign]
+                    continue
+                use = Use(name, module, chunk, module.forward)
+                self.uses.append(use)
+                module.forward = self._visiting(use)  # type: ignore[method-assign]
+
+    def unwrap(self) -> None:
+        for chunk in self.chunks:
+            for _, module in chunk.uses:
+                module.__dict__.pop("forward", None)
+
+    def _visiting(self, use: Use) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.visits.call(use, args, kwargs)
+
+        return forward
+
+    def _scoped(self, chunk: Chunk, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """Modules around the blocks run with the parameters that they hold themselves on the device."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._resident_depth:
+                return inner(*args, **kwargs)
+            self._resident_depth += 1
+            try:
+                graph = torch.is_grad_enabled() and chunk.trainable_numel > 0
+                if graph:
+                    self.begin_forward()
+                with self.holding(chunk, backward=False) as slot:
+                    leaves = leaves_of(chunk, slot, graph)
+                    for entry, leaf in leaves.items():
+                        if leaf.requires_grad:
+                            leaf.register_post_accumulate_grad_hook(self._resident_hook(chunk, entry))
+                    with swapped(chunk, leaves):
+                        return inner(*args, **kwargs)
+            finally:
+                self._resident_depth -= 1
+
+        return forward
+
+    def _resident_hook(self, chunk: Chunk, entry: Entry) -> Callable[[torch.Tensor], None]:
+        def hook(leaf: torch.Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            assert gradient is not None
+            self.begin_backward(None)
+            self.gradient_of(chunk).add(entry, gradient)
+
+        return hook
+
+    # --- visits
+
+    @contextlib.contextmanager
+    def holding(self, chunk: Chunk, *, backward: bool) -> Iterator[torch.Tensor]:
+        """The slot that holds the chunk's weights, for work enqueued on the current stream inside the context."""
+        phase = BACKWARD if backward else FORWARD
+        address = self.scheduler.acquire(chunk.index, phase, self.backend.stream())
+        try:
+            yield self._slots[address]
+        finally:
+            self.scheduler.release(chunk.index, phase, self.backend.stream())
+
+    def set_mode(self, mode: str) -> None:
+        """Tells the scheduler which visits come: those of training steps or of forwards alone."""
+        if mode != self._mode:
+            self._mode = mode
+            self.scheduler.set_schedule(self._schedules[mode])
+
+    def begin_forward(self) -> None:
+        """Called at every forward visit that builds a graph."""
+        if not self.train:
+            raise UsageError("this model was offloaded with train=False; run it under torch.no_grad()")
+        if self.state in ("idle", "updated"):
+            if self.state == "idle":
+                self.state = "forward"
+            if not self._pending:
+                self._reset_pass()
+        self.set_mode("train")
+
+    def _reset_pass(self) -> None:
+        self._sums.clear()
+        self._pending.clear()
+        self._sequence.clear()
+        self._last_recomputed = None
+        self._block_position = 0
+
+    def begin_root_forward(self) -> None:
+        """Called when the offloaded model itself is called."""
+        self.scheduler.check()
+        self._block_position = 0
+        if not torch.is_grad_enabled():
+            self.set_mode("infer")
+            return
+        for chunk, entry in self.entries.values():
+            if entry.trainable != entry.parameter.requires_grad and self.train:
+                raise UsageError(
+                    f"{entry.name}.requires_grad was changed to {entry.parameter.requires_grad} after offload(); set it "
+                    f"before, so that {chunk.name!r} has the planes it needs"
+                )
+        if self.state == "backward":
+            warnings.warn(
+                "the last backward pass did not finish; the blocks that it had reached are updated, the others are not, "
+                "and training goes on from there",
+                stacklevel=3,
+            )
+            self.state = "idle"
+            self._reset_pass()
+        if self.state == "forward" and not self._live:
+            # The graphs of earlier forwards were dropped without a backward.
+            self._reset_pass()
+
+    def forward_visited(self, record: Record | HeadRecord) -> None:
+        """A forward visit with a graph was made: its backward is expected."""
+        chunk = record.use.chunk
+        self._pending[chunk] += 1
+        self._sequence.append((chunk.index, FORWARD, True, False))
+        self._live.add(record)
+        if isinstance(record, Record) and not record.keep_graph:
+            record.previous = self._last_recomputed
+            self._last_recomputed = weakref.ref(record)
+        if chunk.kind == "block":
+            self._block_position += 1
+        elif self._block_position:
+            self.saved_inputs.end_of_forward()
+
+    def begin_backward(self, record: Record | HeadRecord | None) -> None:
+        """Called at every backward visit; at the first one of a pass it fixes the update's settings."""
+        if record is not None and record.generation != self.generation and self.state != "updated":
+            raise UsageError(
+                "the weights were updated after this forward, so its backward would be wrong; call the model again "
+                "after each optimizer.step()"
+            )
+        if self.state == "updated":
+            raise UsageError(
+                "backward was called twice without optimizer.step() in between: the first backward has already "
+                "updated the weights. Call optimizer.step() after each backward; for a larger batch give it in one "
+                "call (it runs in micro-batches inside the window)"
+            )
+        if self.state == "backward":
+            return
+        optimizer = self.optimizer() if self.optimizer is not None else None
+        if optimizer is None:
+            raise UsageError(
+                "backward on an offloaded model updates its weights, but it has no optimizer; create "
+                "slidecore.AdamW(model.parameters(), ...) before calling backward"
+            )
+        self._hyper = optimizer.hyper_parameters()
+        self.state = "backward"
+        self._last_recomputed = None
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+
+    def gradient_of(self, chunk: Chunk) -> GradientSum:
+        """The sum that this step's gradient of `chunk` goes to."""
+        if chunk not in self._sums:
+            self._sums[chunk] = self.new_sum(chunk)
+        return self._sums[chunk]
+
+    def new_sum(self, chunk: Chunk) -> GradientSum:
+        def take() -> torch.Tensor:
+            return self.gradient_buffers.take(self.scheduler, chunk.trainable_numel, self.compute_dtype)
+
+        return GradientSum(chunk, self.backend, take, self.compute_dtype)
+
+    def adopt(self, chunk: Chunk, gradient: GradientSum) -> None:
+        """Adds a sum that was made during forward (the head's) to this step's gradient."""
+        if chunk in self._sums:
+            self._sums[chunk].add_all(gradient)
+        else:
+            self._sums[chunk] = gradient
+
+    def backward_visited(self, record: Record) -> None:
+        self.count_backward(record.use.chunk, record.use.backward_reads_weights or not record.keep_graph)
+
+    def count_backward(self, chunk: Chunk, read_weights: bool) -> None:
+        """A backward visit was made; after the last one the chunk's gradient goes down."""
+        self._sequence.append((chunk.index, BACKWARD, read_weights, False))
+        self._pending[chunk] -= 1
+        if self._pending[chunk] <= 0:
+            self._submit(chunk)
+
+    def _submit(self, chunk: Chunk) -> None:
+        gradient = self._sums.pop(chunk, None)
+        if gradient is None or not gradient.contributed or self._sink is None:
+            return
+        segments = []
+        for entry in sorted(gradient.contributed, key=lambda e: e.offset):
+            hyper = self._hyper.get(entry)
+            if hyper is None:
+                continue  # not in any group of the optimizer
+            entry.step += 1
+            hyper.step = entry.step
+            segments.append((entry.offset, entry.numel, hyper))
+        if not segments:
+            return
+        flat = gradient.finish()
+        self._sink.prepare(chunk.index, segments)
+        ticket = self.scheduler.submit_gradient(
+            chunk.index, flat.data_ptr(), flat.numel() * flat.element_size(), self.backend.stream()
+        )
+        self.gradient_buffers.landing(flat, ticket)
+        for i in range(len(self._sequence) - 1, -1, -1):
+            index, phase, weights, _ = self._sequence[i]
+            if index == chunk.index and phase == BACKWARD:
+                self._sequence[i] = (index, phase, weights, True)
+                return
+        self._sequence.append((chunk.index, BACKWARD, False, True))
+
+    def _end_of_backward(self) -> None:
+        for chunk in list(self._sums):
+            self._submit(chunk)
+        self.state = "updated"
+        self.generation += 1
+        sequence = list(self._sequence)
+        self._reset_pass()
+        resident = [(c.index, FORWARD, True, False) for c in self.chunks if c.kind == "resident"]
+        sequence = resident + sequence
+        if sequence != self._schedules["train"]:
+            self._schedules["train"] = sequence
+            self._schedules["infer"] = [v for v in sequence if v[1] == FORWARD]
+            self._mode = ""
+            self.set_mode("train")
+
+    def interrupted(self, use: Use) -> None:
+        """A backward visit failed: nothing of this pass is kept, chunks already updated stay so."""
+        logger.warning("backward of %s failed; the rest of this step's updates is dropped", use.name)
+        self._sums.clear()
+
+    def step(self) -> None:
+        """optimizer.step(): in overlap mode the update has been started by backward."""
+        self.scheduler.check()
+        if self.state == "backward":
+            self._reset_pass()
+        self.state = "idle"
+
+    # --- activations
+
+    def keeps_graph(self, use: Use) -> bool:
+        if use.chunk.kind != "block":
+            return True
+        return self._from_last() < self._plan.kept_graphs
+
+    def _from_last(self) -> int:
+        return len(self._block_ordinal) - 1 - self._block_position
+
+    def stays_on_device(self, use: Use, tensor: torch.Tensor, requires_grad: bool) -> bool:
+        """Masks, positions and other inputs that all blocks share stay; what the last block produced may go."""
+        if not requires_grad or tensor.numel() * tensor.element_size() < SMALLEST_SAVED:
+            return True
+        return self._from_last() < self._plan.saved_on_device
+
+    def head_tile(self, vocabulary: int) -> int:
+        """Tokens whose logits the head makes at once, as the budget allows."""
+        if self.device_memory is None:
+            return 1024
+        room = self.device_memory - self.needs.fixed - self.needs.edge_gradients
+        largest_weight = max((e.numel for c in self.chunks if c.kind == "edge" for e in c.entries), default=0)
+        room -= largest_weight * self.compute_dtype.itemsize  # the tile's own gradient of the head
+        # Half: hidden states, saved inputs and kept graphs are there too.
+        tokens = room // 2 // (vocabulary * BYTES_PER_LOGIT)
+        return int(max(SMALLEST_TILE, min(LARGEST_TILE, tokens)))
+
+    def refuse_micro_batches(self, use: Use) -> None:
+        """Blocks of this class have outputs that cannot be joined from micro-batches."""
+        kind = type(use.module).__name__
+        self._whole_batch.add(kind)
+        self._plans.clear()
+        warnings.warn(
+            f"{kind} returns a tensor that has no batch dimension, so its batch is not split into micro-batches",
+            stacklevel=2,
+        )
+
+    def plan_micro_batches(self, use: Use, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[int, list[bool]]:
+        """How many micro-batches a visit runs in, and which of its tensors are split along dimension 0."""
+        whole = 1, [False] * len(tensors)
+        if use.chunk.kind != "block":
+            return whole
+        main = next((t for t in tensors if t.is_floating_point() and t.dim() >= 2), None)
+        if main is None:
+            return whole
+        batch = main.shape[0]
+        key = (type(use.module), tuple((t.shape, t.dtype) for t in tensors), use.module.training)
+        split = self._splittable(use, tensors, main)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan_for(use, call, tensors, split, main)
+        self._plan = plan
+        return (plan.micro_batches, split) if plan.micro_batches > 1 and batch > 1 else whole
+
+    def _splittable(self, use: Use, tensors: Sequence[torch.Tensor], main: torch.Tensor) -> list[bool]:
+        batch = main.shape[0]
+        kind = type(use.module).__name__
+        if batch < 2 or kind in self._whole_batch or any(isinstance(m, _CROSS_BATCH) for m in use.module.modules()):
+            return [False] * len(tensors)
+        others = [t for t in tensors if t is not main and t.dim() > 0 and t.shape[0] == batch]
+        # A vector or matrix over positions looks like one over samples when both counts are equal.
+        if any(t.dim() <= 2 for t in others) and main.dim() > 2 and main.shape[1] == batch:
+            self._whole_batch.add(kind)
+            warnings.warn(
+                f"{kind}: batch and sequence are both {batch} long, so it is unclear which inputs to split; the batch "
+                f"runs whole",
+                stacklevel=2,
+            )
+            return [False] * len(tensors)
+        return [t is main or any(t is o for o in others) for t in tensors]
+
+    def _plan_for(
+        self, use: Use, call: Call, tensors: Sequence[torch.Tensor], split: list[bool], main: torch.Tensor
+    ) -> ActivationPlan:
+        splittable = any(split)
+        batch = main.shape[0] if splittable else 1
+        graph_bytes = 0
+        if self.device_memory is not None:
+            graph_bytes = self._probe(use, call, [t[:1] if s else t for t, s in zip(tensors, split, strict=True)])
+        inputs = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad) or (
+            main.numel() * main.element_size()
+        )
+        plan = plan_activations(
+            budget=self.device_memory,
+            needs=self.needs,
+            blocks=len(self._block_ordinal),
+            batch=batch,
+            input_bytes=inputs,
+            graph_bytes_per_sample=graph_bytes,
+            micro_batch=min(self.micro_batch, batch) if self.micro_batch is not None else None,
+            keep_graphs=self._keep_graphs_asked,
+        )
+        logger.info("%s with batch %d: %s", type(use.module).__name__, batch, plan)
+        return plan
+
+    def _probe(self, use: Use, call: Call, tensors: list[torch.Tensor]) -> int:
+        """Bytes that the graph of one block saves for one sample, found by running it once."""
+        args, kwargs = call.put([t.detach().requires_grad_(t.requires_grad) for t in tensors])
+        state = RandomState.capture(self.backend.torch_device)
+        with self.holding(use.chunk, backward=False) as slot:
+            kept = KeptGraph(slot)
+            with (
+                torch.enable_grad(),
+                swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)),
+                kept.hooks(),
+            ):
+                out = use.forward(*args, **kwargs)
+            del out
+        state.set(self.backend.torch_device)
+        return kept.nbytes
+
+    # --- what others ask for
+
+    def drain(self) -> None:
+        """Waits until planes and lanes are at rest; errors of lanes are raised."""
+        self.scheduler.synchronize()
+        self.gradient_buffers.drain(self.scheduler)
+
+    def close(self) -> None:
+        """Waits for updates, restores the modules' own forward and ends the lanes. Weights stay in host memory."""
+        if self.closed:
+            return
+        self.closed = True
+        self.unwrap()
+        self.scheduler.close()
+        self._slots.clear()

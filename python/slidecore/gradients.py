@@ -1,0 +1,118 @@
+"""Collects a chunk's gradients on the device, in its plane layout, and hands them to the download lane once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from slidecore import _core
+from slidecore.backend import Backend
+from slidecore.partition import Chunk, Entry
+
+
+class GradientSum:
+    """The gradient of one chunk in one step.
+
+    Contributions (micro-batches, several uses of a tied weight) are added in float32. A single contribution stays in
+    the compute dtype: widening a bf16 value that is rounded back unchanged would only cost traffic.
+    """
+
+    def __init__(self, chunk: Chunk, backend: Backend, take: Callable[[], torch.Tensor], dtype: torch.dtype) -> None:
+        """`take` allocates the flat gradient in the compute dtype `dtype`; it is called when first needed."""
+        self.chunk = chunk
+        self._backend = backend
+        self._take = take
+        self._narrow = dtype != torch.float32
+        self._flat: torch.Tensor | None = None
+        self._wide: torch.Tensor | None = None
+        self._contributed: set[Entry] = set()
+
+    def _compute_dtype_flat(self) -> torch.Tensor:
+        if self._flat is None:
+            self._flat = self._take()
+        return self._flat
+
+    def widen(self) -> torch.Tensor:
+        """The float32 sum as a flat tensor of `trainable_numel`; call before several contributions come."""
+        if self._wide is None:
+            if not self._narrow:
+                self._wide = self._compute_dtype_flat()
+                return self._wide
+            self._wide = self._backend.empty(self.chunk.trainable_numel, torch.float32)
+            if self._flat is not None:
+                for entry in self._contributed:
+                    self._view(self._wide, entry).copy_(self._view(self._flat, entry))
+                self._flat = None
+        return self._wide
+
+    def _sum(self) -> torch.Tensor:
+        return self._wide if self._wide is not None else self._compute_dtype_flat()
+
+    @staticmethod
+    def _view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
+        return flat[entry.offset : entry.offset + entry.numel].view(entry.shape)
+
+    def wide_view(self, entry: Entry) -> tuple[torch.Tensor, bool]:
+        """The float32 sum of `entry` for adding in place, and whether it is still unwritten; it counts as written."""
+        view = self._view(self.widen(), entry)
+        fresh = entry not in self._contributed
+        self._contributed.add(entry)
+        return view, fresh
+
+    def add(self, entry: Entry, gradient: torch.Tensor) -> None:
+        if entry not in self._contributed:
+            self._contributed.add(entry)
+            self._view(self._sum(), entry).copy_(gradient)
+        else:
+            self._view(self.widen(), entry).add_(gradient)
+
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiplies what has come so far by a scalar tensor on the device."""
+        self._sum().mul_(factor)
+
+    def add_all(self, other: GradientSum) -> None:
+        """Adds another sum for the same chunk."""
+        for entry in other._contributed:
+            self.add(entry, self._view(other._sum(), entry))
+
+    @property
+    def contributed(self) -> set[Entry]:
+        return self._contributed
+
+    def finish(self) -> torch.Tensor:
+        """The gradient in the compute dtype, rounded once; regions of absent entries are undefined."""
+        if not self._narrow or self._wide is None:
+            return self._sum()
+        flat = self._compute_dtype_flat()
+        flat.copy_(self._wide)
+        self._wide = None
+        return flat
+
+
+class GradientBuffers:
+    """Device buffers for gradients on their way down: at most `limit` chunks' worth at once, reused when landed."""
+
+    def __init__(self, backend: Backend, limit: int) -> None:
+        self._backend = backend
+        self._limit = limit
+        self._landing: deque[tuple[torch.Tensor, int]] = deque()
+
+    def take(self, scheduler: _core.Scheduler, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat buffer; waits (on the compute stream, and for the lane to get that far) while `limit` are landing."""
+        while self._landing and scheduler.done(self._landing[0][1]):
+            self._landing.popleft()
+        while len(self._landing) >= self._limit:
+            _, ticket = self._landing.popleft()
+            # PyTorch reuses the memory in the order of the compute stream, which now comes after the download.
+            scheduler.wait(ticket, self._backend.stream())
+        return self._backend.empty(numel, dtype)
+
+    def landing(self, buffer: torch.Tensor, ticket: int) -> None:
+        """`buffer` is being downloaded; it is kept until `ticket` is done."""
+        self._landing.append((buffer, ticket))
+
+    def drain(self, scheduler: _core.Scheduler) -> None:
+        while self._landing:
+            scheduler.synchronize_ticket(self._landing.popleft()[1])

@@ -1,0 +1,262 @@
+"""The head without its logits: linear layer and cross-entropy, a tile of tokens at a time.
+
+In a causal language model with labels the logits of a whole batch are the largest tensor by far (16K tokens x 128K
+words are 4 GiB in bf16, and more in the loss). Here the head's call returns `DeferredLogits`, which knows how to make
+them; the loss runs over tiles, and each tile's gradients are computed at once, so one tile's logits exist at a time.
+Anything else that looks at the logits gets real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from slidecore.gradients import GradientSum
+from slidecore.visit import Use, collect, leaves_of, swapped
+
+if TYPE_CHECKING:
+    from slidecore.engine import Engine
+
+Tile = Callable[[torch.Tensor], torch.Tensor]
+
+# What models do to logits between head and loss: elementwise, with scalars only.
+_ELEMENTWISE = {
+    torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.mul, torch.mul,
+    torch.Tensor.__truediv__, torch.Tensor.div, torch.div,
+    torch.Tensor.tanh, torch.tanh,
+    torch.Tensor.float, torch.Tensor.to,
+}  # fmt: skip
+
+
+class DeferredLogits(torch.Tensor):
+    """Logits of `hidden` that are computed when somebody looks at them. Shape and dtype are the real ones."""
+
+    hidden: torch.Tensor
+    use: Use
+    engine: Engine
+    tail: tuple[Tile, ...]
+
+    @staticmethod
+    def make(engine: Engine, use: Use, hidden: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> DeferredLogits:
+        return DeferredLogits._of(engine, use, hidden, shape, dtype, ())
+
+    @staticmethod
+    def _of(
+        engine: Engine, use: Use, hidden: torch.Tensor, shape: torch.Size, dtype: torch.dtype, tail: tuple[Tile, ...]
+    ) -> DeferredLogits:
+        made: DeferredLogits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            DeferredLogits, shape, dtype=dtype, device=hidden.device
+        )
+        made.hidden, made.use, made.engine, made.tail = hidden, use, engine, tail
+        made._generation = engine.generation
+        return made
+
+    _generation: int
+
+    def materialise(self) -> torch.Tensor:
+        """The real logits, as the head would have returned them.
+
+        Raises:
+            RuntimeError: the weights have been updated since the forward.
+        """
+        if self._generation != self.engine.generation:
+            raise RuntimeError(
+                "the logits of this forward were not kept and the weights have been updated since; look at "
+                "output.logits before backward"
+            )
+        logits = self.engine.visits.call(self.use, (self.hidden,), {})
+        for function in self.tail:
+            logits = function(logits)
+        return logits
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PROPERTIES or getattr(func, "__name__", "") in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        others = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        if func in _ELEMENTWISE and len(others) == 1 and isinstance(args[0], DeferredLogits):
+            me: DeferredLogits = args[0]
+            rest = args[1:]
+            dtype = func(torch.empty(0, dtype=me.dtype, device="meta"), *rest, **kwargs).dtype
+
+            def apply(tile: torch.Tensor) -> torch.Tensor:
+                out: torch.Tensor = func(tile, *rest, **kwargs)
+                return out
+
+            moves = func is torch.Tensor.to and any(isinstance(a, (str, torch.device)) for a in (*rest, *kwargs.values()))
+            if not moves:
+                return cls._of(me.engine, me.use, me.hidden, me.shape, dtype, (*me.tail, apply))
+        real = {id(a): a.materialise() for a in _deferred((args, kwargs))}
+        return func(*_replace(args, real), **_replace(kwargs, real))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        real = {id(a): a.materialise() for a in _deferred((args, kwargs))}
+        return func(*_replace(args, real), **_replace(kwargs, real))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+_METADATA = {"size", "dim", "numel", "__len__", "__repr__", "is_floating_point", "ndimension"}
+_PROPERTIES = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_meta")
+}
+
+
+def _deferred(value: Any) -> Iterator[DeferredLogits]:
+    if isinstance(value, DeferredLogits):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _deferred(item)
+    elif isinstance(value, dict):
+        yield from _deferred(list(value.values()))
+
+
+def _replace(value: Any, real: dict[int, torch.Tensor]) -> Any:
+    if isinstance(value, DeferredLogits):
+        return real[id(value)]
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_replace(item, real) for item in value)
+    if isinstance(value, list):
+        return [_replace(item, real) for item in value]
+    if isinstance(value, dict):
+        return {key: _replace(item, real) for key, item in value.items()}
+    return value
+
+
+@dataclass(eq=False)
+class HeadRecord:
+    """What a head-and-loss visit leaves for its backward."""
+
+    engine: Engine
+    use: Use
+    labels: torch.Tensor
+    tail: tuple[Tile, ...]
+    tile_tokens: int
+    ignore_index: int
+    divisor: torch.Tensor
+    label_smoothing: float
+    generation: int
+    keep_graph: bool = True
+    gradient: GradientSum | None = None
+    hidden_gradient: torch.Tensor | None = None
+    consumed: bool = field(default=False)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of the tokens' cross-entropy over `divisor`. Gradients are made in forward (as in Liger-Kernel's fused
+    linear cross-entropy, arXiv 2410.10989) and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, record: HeadRecord, anchor: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.record = record
+        return _run_tiles(record, hidden, wants_gradient=True, wants_hidden=hidden.requires_grad)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        record: HeadRecord = ctx.record
+        engine = record.engine
+        if record.consumed:
+            raise RuntimeError("backward through an offloaded model a second time: its gradients were consumed")
+        engine.begin_backward(record)
+        record.consumed = True
+        factor = gradients[0]
+        if record.gradient is not None:
+            record.gradient.scale(factor)
+            engine.adopt(record.use.chunk, record.gradient)
+            record.gradient = None
+        hidden_gradient, record.hidden_gradient = record.hidden_gradient, None
+        engine.count_backward(record.use.chunk, read_weights=False)
+        if hidden_gradient is not None:
+            hidden_gradient.mul_(factor)
+        return None, None, hidden_gradient
+
+
+def _run_tiles(record: HeadRecord, hidden: torch.Tensor, wants_gradient: bool, wants_hidden: bool) -> torch.Tensor:
+    engine, chunk = record.engine, record.use.chunk
+    flat, labels = hidden.detach().reshape(-1, hidden.shape[-1]), record.labels
+    trains = wants_gradient and any(e.trainable for e in chunk.entries)
+    total = torch.zeros((), dtype=torch.float32, device=flat.device)
+    hidden_gradient = torch.zeros_like(flat) if wants_hidden else None
+    gradient = engine.new_sum(chunk) if trains else None
+    if gradient is not None and flat.shape[0] > record.tile_tokens:
+        gradient.widen()
+    with engine.holding(chunk, backward=False) as slot:
+        leaves = leaves_of(chunk, slot, graph=trains)
+        if gradient is not None:
+            collect(leaves, gradient.add)
+        with swapped(chunk, leaves), torch.set_grad_enabled(wants_gradient):
+            for start in range(0, flat.shape[0], record.tile_tokens):
+                tile = slice(start, start + record.tile_tokens)
+                part = flat[tile].detach().requires_grad_(wants_hidden)
+                logits = record.use.forward(part)
+                for function in record.tail:
+                    logits = function(logits)
+                loss = F.cross_entropy(
+                    logits.float(),
+                    labels[tile],
+                    reduction="sum",
+                    ignore_index=record.ignore_index,
+                    label_smoothing=record.label_smoothing,
+                )
+                loss = loss / record.divisor
+                total += loss.detach()
+                del logits
+                if wants_gradient:
+                    loss.backward()
+                    if hidden_gradient is not None and part.grad is not None:
+                        hidden_gradient[tile] = part.grad
+    record.gradient = gradient
+    record.hidden_gradient = hidden_gradient.view(hidden.shape) if hidden_gradient is not None else None
+    return total
+
+
+def linear_cross_entropy(
+    logits: DeferredLogits,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    num_items: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross-entropy of deferred logits, float32 scalar.
+
+    Args:
+        logits: (..., vocabulary), deferred.
+        labels: integers of the leading shape, already shifted; `ignore_index` where a token does not count.
+        num_items: what the sum is divided by; None for the number of tokens that count.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+    """
+    engine, use, hidden = logits.engine, logits.use, logits.hidden
+    labels = labels.reshape(-1).to(hidden.device)
+    if num_items is None:
+        divisor = (labels != ignore_index).sum().to(torch.float32)
+    else:
+        divisor = torch.as_tensor(num_items, dtype=torch.float32, device=hidden.device)
+    record = HeadRecord(
+        engine=engine,
+        use=use,
+        labels=labels,
+        tail=logits.tail,
+        tile_tokens=engine.head_tile(logits.shape[-1]),
+        ignore_index=ignore_index,
+        divisor=divisor,
+        label_smoothing=label_smoothing,
+        generation=engine.generation,
+    )
+    trains = any(e.trainable for e in use.chunk.entries)
+    if not torch.is_grad_enabled() or not (trains or hidden.requires_grad):
+        return _run_tiles(record, hidden, wants_gradient=False, wants_hidden=False)
+    engine.begin_forward()
+    loss: torch.Tensor = HeadLoss.apply(record, engine.visits.anchor if trains else None, hidden)
+    engine.forward_visited(record)
+    return loss

@@ -1,0 +1,105 @@
+"""Hugging Face models: no key-value cache while training, and the head without its logits.
+
+Nothing here goes by a model's name: it looks at the methods that `transformers.PreTrainedModel` defines.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slidecore.head import DeferredLogits, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from slidecore.engine import Engine
+    from slidecore.visit import Use
+
+
+def attach(model: nn.Module, engine: Engine) -> None:
+    """Adapts a model of transformers; does nothing to others."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    parameters = inspect.signature(type(model).forward).parameters
+    handles = []
+    if "use_cache" in parameters or "kwargs" in parameters:
+        handles.append(model.register_forward_pre_hook(_without_cache, with_kwargs=True))
+    use = _head_of(model, engine)
+    if use is not None:
+        handles += _defer_logits(model, engine, use)
+    engine.detach += [handle.remove for handle in handles]
+
+
+def _without_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    # A cache would be filled twice: by the forward and by its recomputation.
+    if torch.is_grad_enabled() and kwargs.get("past_key_values") is None and getattr(model.config, "use_cache", False):
+        kwargs = {**kwargs, "use_cache": False}
+    return args, kwargs
+
+
+def _head_of(model: nn.Module, engine: Engine) -> Use | None:
+    """The use of the output embedding, if the model's loss is the causal language model's."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        return None
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return next((use for use in engine.uses if use.module is head), None) if head is not None else None
+
+
+def _defer_logits(model: nn.Module, engine: Engine, use: Use) -> list[Any]:
+    deferring = False
+    head = use.module
+    visiting = head.forward
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal deferring
+        bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
+        deferring = bound.arguments.get("labels") is not None
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal deferring
+        deferring = False
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not deferring or args or kwargs:
+            return visiting(hidden, *args, **kwargs)  # type: ignore[no-any-return]
+        vocabulary = head.weight.shape[0]
+        assert isinstance(vocabulary, int)
+        return DeferredLogits.make(engine, use, hidden, torch.Size((*hidden.shape[:-1], vocabulary)), engine.compute_dtype)
+
+    head.forward = forward  # type: ignore[method-assign]
+    original = model.loss_function
+
+    def loss_function(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not isinstance(logits, DeferredLogits):
+            return original(  # type: ignore[no-any-return, operator]
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            )
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        return linear_cross_entropy(
+            logits, shift_labels, ignore_index=ignore_index, num_items=num_items_in_batch
+        )
+
+    model.loss_function = loss_function  # type: ignore[assignment]
+    engine.detach.append(lambda: setattr(model, "loss_function", original))
+    return [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, always_call=True),
+    ]

@@ -1,0 +1,276 @@
+"""`offload` and the functions that take an offloaded model."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from slidecore.backend import Backend
+from slidecore.engine import Engine, engines
+from slidecore.errors import ModelError, UsageError
+from slidecore.integrations import huggingface
+from slidecore.sizes import parse_size
+
+Model = TypeVar("Model", bound=nn.Module)
+_ATTRIBUTE = "_slidecore_engine"
+_NO_FLOAT16 = (
+    "compute_dtype=torch.float16 is refused: its range needs loss scaling, and the exact split of a float32 master into "
+    "weight and residual exists for bfloat16 only. Use torch.bfloat16 or torch.float32"
+)
+
+
+def engine_of(model: nn.Module) -> Engine:
+    """The engine of an offloaded model.
+
+    Raises:
+        UsageError: `model` is not offloaded (or has been closed).
+    """
+    engine = model.__dict__.get(_ATTRIBUTE)
+    if engine is None:
+        raise UsageError(f"this {type(model).__name__} is not offloaded; call slidecore.offload(model) first")
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def offload(
+    model: Model,
+    *,
+    device: str | torch.device = "auto",
+    compute_dtype: torch.dtype | None = None,
+    device_memory: int | float | str | None = None,
+    window: int = 2,
+    micro_batch: int | Literal["auto"] = "auto",
+    keep_graphs: int | Literal["auto"] = "auto",
+    blocks: Sequence[str | nn.Module] | None = None,
+    train: bool = True,
+    threads: int = 0,
+    piece_bytes: int = 16 << 20,
+    ring_pieces: int = 8,
+) -> Model:
+    """Makes `model` compute on `device` with its weights in host memory, in place; returns the same object.
+
+    Args:
+        model: any module with a run of same-class blocks. Its parameters may be on any device, or on "meta": they are
+            then zero until `assign_parameter` sets them. They become CPU views of the weight planes.
+        device: "auto" (a card if PyTorch sees one, else the host backend), "cuda", "cuda:1", or "cpu" (host backend).
+        compute_dtype: torch.bfloat16 or torch.float32; None takes float32 on the host backend for a float32 model and
+            bfloat16 otherwise.
+        device_memory: bytes (or "20GiB") of device memory to stay within; None takes what the card has free.
+        window: slots of the window that blocks slide through; 2 overlaps copies with compute.
+        micro_batch: samples a visit computes at once; "auto" takes what the budget allows.
+        keep_graphs: how many of the last blocks keep their graph instead of recomputing; "auto" as the budget allows.
+        blocks: names or modules of the blocks, where the structure does not show them.
+        train: False allocates no optimizer state and no gradients: for inference alone.
+        threads: of the CPU update; 0 for all usable CPUs less one.
+        piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in.
+
+    Raises:
+        ModelError: no blocks were found, the model is offloaded already, or a block shares a parameter.
+        BudgetError: `device_memory` is too small; the message says the smallest that works.
+        ValueError: an argument is out of its range.
+        UsageError: the device is not usable.
+    """
+    if _ATTRIBUTE in model.__dict__:
+        raise ModelError("this model is offloaded already; slidecore.close(model) undoes it")
+    if any(_ATTRIBUTE in m.__dict__ for m in model.modules()):
+        raise ModelError("a part of this model is offloaded already; offload the outermost model only")
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"window={window} must be a whole number of at least 1 (2 to overlap)")
+    for name, number in (("micro_batch", micro_batch), ("keep_graphs", keep_graphs)):
+        least = 1 if name == "micro_batch" else 0
+        if number != "auto" and (not isinstance(number, int) or number < least):
+            raise ValueError(f"{name}={number!r} must be 'auto' or a whole number of at least {least}")
+    budget = None if device_memory is None else parse_size(device_memory, "device_memory")
+    backend = Backend(device)
+    if compute_dtype is None:
+        first = next((p for p in model.parameters() if p.is_floating_point()), None)
+        whole = backend.is_host and first is not None and first.dtype == torch.float32
+        compute_dtype = torch.float32 if whole else torch.bfloat16
+    if compute_dtype == torch.float16:
+        raise ValueError(_NO_FLOAT16)
+    if compute_dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"compute_dtype={compute_dtype} is not supported; use torch.bfloat16 or torch.float32")
+    engine = Engine(
+        model,
+        backend,
+        compute_dtype=compute_dtype,
+        device_memory=budget,
+        window=window,
+        micro_batch=None if micro_batch == "auto" else micro_batch,
+        keep_graphs=None if keep_graphs == "auto" else keep_graphs,
+        blocks=blocks,
+        train=train,
+        threads=threads,
+        piece_bytes=piece_bytes,
+        ring_pieces=ring_pieces,
+    )
+    _move_buffers(model, backend.torch_device)
+    engine.wrap()
+    model.__dict__[_ATTRIBUTE] = engine
+    _hook(model, engine)
+    huggingface.attach(model, engine)
+    return model
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _hook(model: nn.Module, engine: Engine) -> None:
+    device = engine.backend.torch_device
+
+    def to_device(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        engine.begin_root_forward()
+        if device.type == "cpu":
+            return args, kwargs
+        return pytree.tree_map(to_device, args), pytree.tree_map(to_device, kwargs)
+
+    def loaded(module: nn.Module, _: Any) -> None:
+        for chunk, entry in engine.entries.values():
+            engine.planes.clear_residual(chunk, entry)
+        for chunk in engine.chunks:
+            engine.scheduler.invalidate(chunk.index)
+
+    def settle(*_: Any) -> None:
+        engine.drain()
+
+    def apply(function: Any, recurse: bool = True) -> nn.Module:
+        """Replaces Module._apply: .to(device), .cuda(), .half() and so on."""
+        probe = function(torch.zeros(0, dtype=engine.compute_dtype))
+        if probe.dtype != engine.compute_dtype:
+            raise UsageError(
+                f"the dtype of an offloaded model is fixed ({engine.compute_dtype}); give compute_dtype= to offload()"
+            )
+        return model  # where weights compute is slidecore's business; their masters stay in host memory
+
+    handles = [
+        model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        model.register_state_dict_pre_hook(settle),
+        model.register_load_state_dict_pre_hook(settle),
+        model.register_load_state_dict_post_hook(loaded),
+    ]
+    model.__dict__["_apply"] = apply
+    engine.detach = [handle.remove for handle in handles] + [lambda: model.__dict__.pop("_apply", None)]
+
+
+def close(model: nn.Module) -> None:
+    """Ends offloading: waits for updates, frees device memory and threads; the weights stay on the CPU.
+
+    Raises:
+        UsageError: `model` is not offloaded.
+    """
+    engine = engine_of(model)
+    for undo in engine.detach:
+        undo()
+    del model.__dict__[_ATTRIBUTE]
+    engine.close()
+
+
+def synchronize(model: nn.Module) -> None:
+    """Waits until all updates have reached the planes, for code that looks at `p.data` itself.
+
+    Raises:
+        UsageError: `model` is not offloaded.
+        Error: a lane has failed.
+    """
+    engine_of(model).drain()
+
+
+def assign_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Sets the master value of parameter `name` (as in `named_parameters`) from a tensor of any float dtype.
+
+    float32 values are kept exactly (bf16 weight and residual).
+
+    Raises:
+        ModelError: there is no such parameter, or shape or dtype do not fit.
+        UsageError: `model` is not offloaded.
+    """
+    engine = engine_of(model)
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError as error:
+        raise ModelError(f"the model has no parameter named {name!r}") from error
+    chunk, entry = engine.entries[id(parameter)]
+    engine.scheduler.synchronize()
+    engine.planes.write(chunk, entry, tensor)
+    engine.scheduler.invalidate(chunk.index)
+
+
+def master_parameter(model: nn.Module, name: str) -> torch.Tensor:
+    """The float32 master value of parameter `name`, a copy in host memory.
+
+    Raises:
+        ModelError: there is no such parameter.
+        UsageError: `model` is not offloaded.
+    """
+    engine = engine_of(model)
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError as error:
+        raise ModelError(f"the model has no parameter named {name!r}") from error
+    engine.scheduler.synchronize()
+    return engine.planes.master(*engine.entries[id(parameter)])
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Sizes in bytes, and what the scheduler counted since offload()."""
+
+    parameters: int
+    device_memory: int
+    device_memory_peak: int
+    host_memory: int
+    planes_bytes: int
+    saved_inputs_bytes: int
+    ordinary_training_bytes: int
+    counters: dict[str, int]
+
+
+def stats(model: nn.Module) -> Stats:
+    """Memory in use and the scheduler's counters.
+
+    `device_memory` is PyTorch's allocated memory on a card, and on the host backend what slidecore places there: slots,
+    gradients, saved inputs and graphs. `host_memory` is planes, ring and saved inputs. `ordinary_training_bytes` is
+    what weights and gradients in the compute dtype with float32 masters and moments take on a device.
+
+    Raises:
+        UsageError: `model` is not offloaded.
+    """
+    engine = engine_of(model)
+    now, peak = engine.backend.memory_in_use()
+    parameters = sum(e.numel for c in engine.chunks for e in c.entries)
+    trainable = sum(e.numel for c in engine.chunks for e in c.entries if e.trainable)
+    item = engine.compute_dtype.itemsize
+    masters = 4 if item < 4 else 0
+    return Stats(
+        parameters=parameters,
+        device_memory=now,
+        device_memory_peak=peak,
+        host_memory=engine.planes.nbytes + engine.ring_bytes + engine.saved_inputs.host_bytes,
+        planes_bytes=engine.planes.nbytes,
+        saved_inputs_bytes=engine.saved_inputs.host_bytes,
+        ordinary_training_bytes=parameters * item + trainable * (item + masters + 8),
+        counters=engine.scheduler.counters(),
+    )
+
+
+@atexit.register
+def _close_all() -> None:
+    # The lanes must have ended before the driver and PyTorch's allocator are torn down.
+    for engine in list(engines):
+        engine.close()
+
+
+__all__ = ["Stats", "assign_parameter", "close", "engine_of", "master_parameter", "offload", "stats", "synchronize"]

@@ -1,0 +1,136 @@
+"""What fits: the arithmetic of device and host budgets, before and during training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slidecore.errors import BudgetError
+from slidecore.partition import Chunk
+from slidecore.sizes import format_size
+
+# A visit's working memory over what its graph saves: gradients of intermediates live beside it.
+WORKING_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class DeviceNeeds:
+    """Device bytes that do not depend on the batch."""
+
+    slots: int
+    edge_slot: int
+    resident: int
+    block_gradients: int
+    edge_gradients: int
+
+    @property
+    def fixed(self) -> int:
+        """Always allocated."""
+        return self.slots + self.edge_slot + self.resident
+
+    @property
+    def total(self) -> int:
+        """With the gradients that exist at the worst moment."""
+        return self.fixed + max(self.block_gradients, self.edge_gradients)
+
+
+def device_needs(
+    chunks: Sequence[Chunk], compute_dtype: torch.dtype, window: int, train: bool, gradient_buffers: int
+) -> DeviceNeeds:
+    """Adds up slots and gradients.
+
+    A gradient exists in the compute dtype on its way down, and in float32 while several contributions are summed.
+    """
+    item = compute_dtype.itemsize
+
+    def largest(kind: str, trainable: bool = False) -> int:
+        return max((c.trainable_numel if trainable else c.numel for c in chunks if c.kind == kind), default=0)
+
+    wide = 4 if compute_dtype != torch.float32 else 0
+    blocks = largest("block", True) * (gradient_buffers * item + wide) if train else 0
+    edges = (largest("edge", True) + largest("resident", True)) * (item + wide) if train else 0
+    return DeviceNeeds(
+        slots=window * largest("block") * item,
+        edge_slot=largest("edge") * item,
+        resident=largest("resident") * item,
+        block_gradients=blocks,
+        edge_gradients=edges,
+    )
+
+
+def check_device_budget(needs: DeviceNeeds, budget: int, window: int, smallest: DeviceNeeds) -> None:
+    """Raises BudgetError if the window and the gradients alone exceed `budget`."""
+    if needs.total <= budget:
+        return
+    hint = f", or window=2 with at least {format_size(smallest.total)}" if smallest.total < needs.total else ""
+    raise BudgetError(
+        f"device_memory={format_size(budget)} ({budget} bytes) is too small: a window of {window} slots takes "
+        f"{format_size(needs.slots)}, the slot of embedding and head {format_size(needs.edge_slot)}, resident "
+        f"parameters {format_size(needs.resident)}, gradients up to "
+        f"{format_size(max(needs.block_gradients, needs.edge_gradients))}. Use device_memory of at least "
+        f"{needs.total} bytes ({format_size(needs.total)}), plus room for activations{hint}"
+    )
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """How blocks run for one shape of input."""
+
+    micro_batches: int
+    saved_on_device: int  # of the blocks, counted from the last, whose inputs stay on the device
+    kept_graphs: int  # of the blocks, counted from the last, that keep their graph instead of recomputing
+
+
+def plan_activations(
+    *,
+    budget: int | None,
+    needs: DeviceNeeds,
+    blocks: int,
+    batch: int,
+    input_bytes: int,
+    graph_bytes_per_sample: int,
+    micro_batch: int | None,
+    keep_graphs: int | None,
+) -> ActivationPlan:
+    """Divides what the budget leaves: first the largest micro-batch, then saved inputs, then kept graphs.
+
+    Args:
+        budget: device bytes, or None for no limit known (micro-batches are then not split and nothing is kept).
+        blocks: blocks in one forward.
+        batch: samples in the batch.
+        input_bytes: of one block's differentiable inputs, for the whole batch.
+        graph_bytes_per_sample: what one block's graph saves for one sample.
+        micro_batch, keep_graphs: samples and blocks asked for by the caller, or None to choose.
+
+    Raises:
+        BudgetError: not even one sample fits; the message says the smallest budget that works.
+    """
+    if budget is None:
+        size = micro_batch or batch
+        return ActivationPlan(-(-batch // size), 0, keep_graphs or 0)
+    # Inputs of the visits around this one: two settling, the current input and output, and their gradients.
+    around = 6 * input_bytes
+    room = budget - needs.fixed - needs.block_gradients - around
+    per_sample = max(1, int(WORKING_FACTOR * graph_bytes_per_sample))
+    if micro_batch is None:
+        if room < per_sample:
+            least = needs.fixed + needs.block_gradients + around + per_sample
+            raise BudgetError(
+                f"device_memory={format_size(budget)} ({budget} bytes) is too small for this batch: weights and "
+                f"gradients take {format_size(needs.fixed + needs.block_gradients)}, block inputs of the batch "
+                f"{format_size(around)}, one sample's activations {format_size(per_sample)}. Use device_memory of at "
+                f"least {least} bytes ({format_size(least)}), or a smaller batch"
+            )
+        micro_batch = min(batch, room // per_sample)
+    count = -(-batch // min(micro_batch, batch))
+    room -= per_sample * -(-batch // count)
+    # Graphs and inputs of the last blocks live while the head runs: its gradients count against them too.
+    room -= max(0, needs.edge_gradients - needs.block_gradients)
+    saved = max(0, min(blocks, room // max(1, input_bytes)))
+    kept = 0
+    if saved == blocks:
+        room -= blocks * input_bytes
+        kept = max(0, min(blocks, room // max(1, graph_bytes_per_sample * batch)))
+    return ActivationPlan(count, saved, kept if keep_graphs is None else min(keep_graphs, blocks))

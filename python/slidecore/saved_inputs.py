@@ -1,0 +1,142 @@
+"""Inputs of visits between forward and backward: kept on the device, or sent to host memory and fetched back."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from slidecore import _core
+from slidecore.backend import Backend
+
+
+class SavedInput:
+    """One saved tensor. Exactly one of these holds it: `tensor` (on the device) or `host` (pinned buffer)."""
+
+    def __init__(self, store: SavedInputs, tensor: torch.Tensor, chunk: int) -> None:
+        self._store = store
+        self._chunk = chunk
+        self._version = tensor._version
+        self._meta = (tensor.shape, tensor.dtype)
+        self.tensor: torch.Tensor | None = tensor
+        self._host: _core.HostBuffer | None = None
+        self._saved_ticket = 0
+        self._fetched: tuple[torch.Tensor, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        shape, dtype = self._meta
+        return shape.numel() * dtype.itemsize
+
+    def check_unmodified(self) -> None:
+        """Raises RuntimeError if the tensor on the device was changed in place since it was saved."""
+        if self.tensor is not None and self.tensor._version != self._version:
+            raise RuntimeError(
+                "the input of an offloaded block was modified in place after the block had used it; its backward would "
+                "be wrong. Replace the in-place operation (for example `h += x` by `h = h + x`)"
+            )
+
+    def send(self) -> None:
+        """Starts the copy to host memory; the device tensor stays until `settle`."""
+        assert self.tensor is not None
+        self._host = self._store.take_host(self.nbytes)
+        self._saved_ticket = self._store.scheduler.save_input(
+            self._chunk, self._host.address, self.tensor.data_ptr(), self.nbytes, self._store.backend.stream()
+        )
+
+    def settle(self) -> None:
+        """Lets go of the device tensor; the compute stream comes after the copy, so its memory can be reused."""
+        self.check_unmodified()
+        self._store.scheduler.wait(self._saved_ticket, self._store.backend.stream())
+        self.tensor = None
+
+    def prefetch(self) -> None:
+        """Starts the copy back to the device, if it is not there."""
+        if self.tensor is not None or self._fetched is not None:
+            return
+        assert self._host is not None
+        shape, dtype = self._meta
+        store = self._store
+        buffer = store.backend.empty(shape.numel(), dtype)
+        ticket = store.scheduler.fetch_input(
+            self._chunk, buffer.data_ptr(), self._host.address, self.nbytes, store.backend.stream(), self._saved_ticket
+        )
+        self._fetched = (buffer.view(shape), ticket)
+
+    def get(self) -> torch.Tensor:
+        """The tensor, once work on the compute stream may use it."""
+        if self.tensor is None:
+            self.prefetch()
+            assert self._fetched is not None
+            tensor, ticket = self._fetched
+            self._store.scheduler.wait(ticket, self._store.backend.stream())
+            return tensor
+        self.check_unmodified()
+        return self.tensor
+
+    def free(self) -> None:
+        """Gives the host buffer back, once no copy uses the device tensor any more.
+
+        A later save into the buffer follows this fetch: it waits for later compute work.
+        """
+        ticket = self._fetched[1] if self._fetched is not None else self._saved_ticket if self.tensor is not None else 0
+        if ticket:
+            try:
+                self._store.scheduler.wait(ticket, self._store.backend.stream())
+            except _core.Error:
+                # The lanes have stopped (their error was raised to the caller): nothing uses the tensor any more.
+                self._store.lost.append((self.tensor, self._fetched, self._host))
+        if self._host is not None:
+            self._store.give_host(self._host)
+            self._host = None
+        self.tensor = None
+        self._fetched = None
+
+    def __del__(self) -> None:
+        self.free()
+
+
+class SavedInputs:
+    """Pinned host buffers by size, and the tensors whose copies to them are under way."""
+
+    # How many tensors may still be on the device while their copies run: one being copied, one just produced.
+    SETTLING = 2
+
+    def __init__(self, backend: Backend, scheduler: _core.Scheduler) -> None:
+        self.backend = backend
+        self.scheduler = scheduler
+        self._free: dict[int, list[_core.HostBuffer]] = {}
+        self._settling: deque[SavedInput] = deque()
+        self.host_bytes = 0
+        # What copies on failed lanes may still touch lives as long as the lanes.
+        self.lost: list[object] = []
+
+    def take_host(self, nbytes: int) -> _core.HostBuffer:
+        free = self._free.setdefault(nbytes, [])
+        if free:
+            return free.pop()
+        self.host_bytes += nbytes
+        return _core.HostBuffer(self.backend.core, nbytes, True)
+
+    def give_host(self, buffer: _core.HostBuffer) -> None:
+        self._free.setdefault(len(buffer), []).append(buffer)
+
+    def save(self, tensor: torch.Tensor, chunk: int, on_device: bool) -> SavedInput:
+        """Saves a detached tensor of device memory; contiguous ones go to the host unless `on_device`."""
+        saved = SavedInput(self, tensor, chunk)
+        if not on_device and tensor.is_contiguous() and tensor.numel() > 0:
+            saved.send()
+            self._settling.append(saved)
+            while len(self._settling) > self.SETTLING:
+                self._settling.popleft().settle()
+        return saved
+
+    def end_of_forward(self) -> None:
+        """The tensors still settling are the ones that backward needs first: they stay on the device."""
+        self._settling.clear()
+
+    def drop_free_buffers(self) -> None:
+        """Unmaps host buffers that no saved input uses (after sizes changed)."""
+        for nbytes, buffers in self._free.items():
+            self.host_bytes -= nbytes * len(buffers)
+        self._free.clear()

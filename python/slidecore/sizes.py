@@ -1,0 +1,38 @@
+"""Sizes as people write them: "20GiB", "512 MiB", "1.5e9", 4096."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "B": 1}
+for _i, _letter in enumerate("KMGT", start=1):
+    _UNITS[_letter + "B"] = 1000**_i
+    _UNITS[_letter + "IB"] = 1024**_i
+_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(value: int | float | str, what: str = "size") -> int:
+    """Returns a number of bytes.
+
+    Raises:
+        ValueError: `value` is not a non-negative number with an optional unit (KB, KiB, ... TB, TiB).
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number, unit = float(value), ""
+    else:
+        match = _PATTERN.fullmatch(str(value))
+        if match is None:
+            raise ValueError(f"{what}={value!r} is not a size; write a number of bytes or, for example, '20GiB'")
+        number, unit = float(match[1]), match[2].upper()
+    if unit not in _UNITS or not 0 <= number < float("inf"):
+        raise ValueError(f"{what}={value!r} is not a size; units are {', '.join(u for u in _UNITS if u)}")
+    return int(number * _UNITS[unit])
+
+
+def format_size(nbytes: float) -> str:
+    """Returns `nbytes` with three significant figures in a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.3g} TiB"

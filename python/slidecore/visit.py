@@ -1,0 +1,484 @@
+"""Visits: a chunk's module runs with its weights in a slot, forward without a graph, backward by recomputation.
+
+A forward visit that will be followed by a backward one either keeps its inputs and recomputes (blocks), or keeps its
+graph (edges, and as many blocks as the plan affords). Kept graphs do not pin weights: autograd's references to the
+slot are replaced by their place in the chunk and resolved against whatever slot the chunk is in at backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from slidecore.partition import Chunk, Entry
+from slidecore.saved_inputs import SavedInput
+
+if TYPE_CHECKING:
+    from slidecore.engine import Engine
+
+
+@dataclass(eq=False)
+class Use:
+    """A module whose calls are visits of `chunk`."""
+
+    name: str
+    module: nn.Module
+    chunk: Chunk
+    forward: Callable[..., Any]
+    # Whether backward needs the weights: an embedding's does not. Known after the first forward with a graph.
+    backward_reads_weights: bool = True
+
+
+@dataclass(eq=False)
+class RandomState:
+    """Generator states and autocast settings, so that recomputation repeats the forward exactly."""
+
+    cpu: torch.Tensor
+    device: torch.Tensor | None
+    autocast: tuple[bool, torch.dtype, bool]
+
+    @staticmethod
+    def capture(device: torch.device) -> RandomState:
+        kind = device.type
+        return RandomState(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if kind == "cuda" else None,
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()),
+        )
+
+    @contextlib.contextmanager
+    def restored(self, device: torch.device) -> Iterator[None]:
+        before = RandomState.capture(device)
+        enabled, dtype, cache = self.autocast
+        self.set(device)
+        try:
+            with torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=cache):
+                yield
+        finally:
+            before.set(device)
+
+    def set(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device, device)
+
+
+@dataclass
+class Call:
+    """A module call taken apart: tensor leaves of (args, kwargs) and what is needed to put it together again."""
+
+    spec: pytree.TreeSpec
+    leaves: list[Any]  # tensors replaced by None
+    tensor_at: list[int]
+
+    @staticmethod
+    def take(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[torch.Tensor]]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[i] for i in at]
+        return Call(spec, [None if isinstance(x, torch.Tensor) else x for x in leaves], at), tensors
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves = list(self.leaves)
+        for i, tensor in zip(self.tensor_at, tensors, strict=True):
+            leaves[i] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+@dataclass
+class Output:
+    """A module's output taken apart."""
+
+    spec: pytree.TreeSpec
+    leaves: list[Any]
+    tensor_at: list[int]
+
+    @staticmethod
+    def take(value: Any) -> tuple[Output, list[torch.Tensor]]:
+        leaves, spec = pytree.tree_flatten(value)
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[i] for i in at]
+        return Output(spec, [None if isinstance(x, torch.Tensor) else x for x in leaves], at), tensors
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> Any:
+        leaves = list(self.leaves)
+        for i, tensor in zip(self.tensor_at, tensors, strict=True):
+            leaves[i] = tensor
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+class SlotReference:
+    """Stands in a kept graph for a view of the chunk's weights."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype, self.size, self.stride = tensor.dtype, tensor.size(), tensor.stride()
+        self.offset = tensor.storage_offset()
+
+    def resolve(self, slot: torch.Tensor) -> torch.Tensor:
+        return slot.as_strided(self.size, self.stride, self.offset)
+
+
+class KeptGraph:
+    """Saved-tensor hooks of one forward: counts what the graph holds and keeps weights out of it."""
+
+    def __init__(self, slot: torch.Tensor) -> None:
+        self._storage = slot.untyped_storage().data_ptr()
+        self.nbytes = 0
+        self.reads_weights = False
+        self._seen: set[int] = set()
+        self.slot: torch.Tensor | None = None  # where the weights are during backward
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        # The graph holds the hooks: through a weak reference, lest graph and record keep each other alive for ever.
+        myself = weakref.ref(self)
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | SlotReference:
+            kept = myself()
+            assert kept is not None
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() == kept._storage:
+                kept.reads_weights = True
+                return SlotReference(tensor)
+            if storage.data_ptr() not in kept._seen:
+                kept._seen.add(storage.data_ptr())
+                kept.nbytes += storage.nbytes()
+            return tensor
+
+        def unpack(packed: torch.Tensor | SlotReference) -> torch.Tensor:
+            if isinstance(packed, torch.Tensor):
+                return packed
+            kept = myself()
+            if kept is None or kept.slot is None:
+                raise RuntimeError("an offloaded module's graph was used outside its backward visit")
+            return packed.resolve(kept.slot)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+@dataclass
+class Graph:
+    """One micro-batch's kept graph: leaves in, outputs, and the weights' leaves."""
+
+    kept: KeptGraph
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    hooks: list[torch.utils.hooks.RemovableHandle]
+
+
+@dataclass(eq=False)
+class Record:
+    """A forward visit whose backward is to come."""
+
+    engine: Engine
+    use: Use
+    call: Call
+    micro_batches: int
+    keep_graph: bool
+    requires_grad: list[bool] = field(default_factory=list)
+    saved: list[SavedInput] = field(default_factory=list)
+    split: list[bool] = field(default_factory=list)
+    random: list[RandomState] = field(default_factory=list)
+    graphs: list[Graph] = field(default_factory=list)
+    output: Output | None = None
+    output_sizes: list[list[int]] = field(default_factory=list)  # of each micro-batch, along dimension 0
+    previous: weakref.ref[Record] | None = None  # the visit whose inputs backward needs next
+    generation: int = 0  # of the weights that the forward read
+    consumed: bool = False
+
+    def output_gradients(
+        self, gradients: Sequence[torch.Tensor | None], index: int
+    ) -> Sequence[torch.Tensor | None]:
+        """The part of the outputs' gradients that belongs to micro-batch `index`."""
+        if self.micro_batches == 1:
+            return gradients
+        sizes = self.output_sizes[index]
+        starts = [sum(s[o] for s in self.output_sizes[:index]) for o in range(len(sizes))]
+        return [
+            None if g is None else g[start : start + size]
+            for g, start, size in zip(gradients, starts, sizes, strict=True)
+        ]
+
+    def free(self) -> None:
+        self.consumed = True
+        for saved in self.saved:
+            saved.free()
+        self.saved, self.graphs, self.random = [], [], []
+        self.previous = None
+
+
+@contextlib.contextmanager
+def swapped(chunk: Chunk, leaves: dict[Entry, torch.Tensor]) -> Iterator[None]:
+    """Puts `leaves` where the chunk's modules hold their parameters, and the parameters back afterwards."""
+    for entry, leaf in leaves.items():
+        for module, attribute in entry.owners:
+            module._parameters[attribute] = leaf  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for entry in leaves:
+            for module, attribute in entry.owners:
+                module._parameters[attribute] = entry.parameter
+
+
+def leaves_of(chunk: Chunk, slot: torch.Tensor, graph: bool) -> dict[Entry, torch.Tensor]:
+    """Parameters over the slot's memory, one for each entry of the chunk."""
+    return {
+        entry: nn.Parameter(
+            slot[entry.offset : entry.offset + entry.numel].view(entry.shape), requires_grad=graph and entry.trainable
+        )
+        for entry in chunk.entries
+    }
+
+
+def collect(leaves: dict[Entry, torch.Tensor], add: Callable[[Entry, torch.Tensor], None]) -> list[Any]:
+    """Hands each leaf's gradient to `add` as soon as it is complete, and frees it. Returns the hooks' handles."""
+    handles = []
+    for entry, leaf in leaves.items():
+        if not leaf.requires_grad:
+            continue
+
+        def hook(tensor: torch.Tensor, entry: Entry = entry) -> None:
+            gradient, tensor.grad = tensor.grad, None
+            assert gradient is not None
+            add(entry, gradient)
+
+        handles.append(leaf.register_post_accumulate_grad_hook(hook))
+    return handles
+
+
+def _part(tensor: torch.Tensor, split: bool, index: int, count: int) -> torch.Tensor:
+    if not split or count == 1:
+        return tensor
+    size = tensor.shape[0]
+    each = -(-size // count)
+    return tensor[index * each : min(size, (index + 1) * each)]
+
+
+class VisitFunction(torch.autograd.Function):
+    """The autograd node of a visit. `anchor` makes a visit without differentiable inputs part of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, record: Record, anchor: torch.Tensor | None, *tensors: torch.Tensor) -> Any:
+        ctx.record = record
+        ctx.set_materialize_grads(False)
+        record.requires_grad = [t.requires_grad for t in tensors]
+        outputs = record.engine.visits.run_forward(record, [t.detach() for t in tensors])
+        ctx.mark_non_differentiable(*[t for t in outputs if not t.is_floating_point()])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        record: Record = ctx.record
+        if record.consumed:
+            raise RuntimeError(
+                "backward through an offloaded model a second time: its gradients were consumed by the first one. Call "
+                "the model again to get a new graph"
+            )
+        return (None, None, *record.engine.visits.run_backward(record, gradients))
+
+
+class Visits:
+    """Runs visits for an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.anchor = torch.zeros((), device=engine.backend.torch_device, requires_grad=True)
+
+    def call(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an offloaded module's forward does."""
+        engine = self._engine
+        engine.scheduler.check()
+        if not torch.is_grad_enabled():
+            return self._inference(use, args, kwargs)
+        call, tensors = Call.take(args, kwargs)
+        trains = any(e.trainable for e in use.chunk.entries)
+        if not trains and not any(t.requires_grad for t in tensors):
+            return self._inference(use, args, kwargs)
+        engine.begin_forward()
+        count, split = engine.plan_micro_batches(use, call, tensors)
+        record = Record(engine, use, call, count, keep_graph=engine.keeps_graph(use), split=split, generation=engine.generation)
+        outputs = VisitFunction.apply(record, self.anchor if trains else None, *tensors)
+        engine.forward_visited(record)
+        assert record.output is not None
+        return record.output.put(outputs)
+
+    def _inference(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        engine, chunk = self._engine, use.chunk
+        with engine.holding(chunk, backward=False) as slot, swapped(chunk, leaves_of(chunk, slot, graph=False)):
+            return use.forward(*args, **kwargs)
+
+    def run_forward(self, record: Record, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        engine, use = self._engine, record.use
+        with engine.holding(use.chunk, backward=False) as slot:
+            parts = [self._forward_part(record, slot, tensors, 0)]
+            if record.micro_batches > 1 and not self._joinable(record, tensors, parts[0]):
+                engine.refuse_micro_batches(use)
+                # Start over with the whole batch, from the same random state.
+                record.random[0].set(engine.backend.torch_device)
+                record.micro_batches, record.random, record.graphs = 1, [], []
+                parts = [self._forward_part(record, slot, tensors, 0)]
+            parts += [self._forward_part(record, slot, tensors, i) for i in range(1, record.micro_batches)]
+        if not record.keep_graph:
+            record.saved = [
+                engine.saved_inputs.save(t, use.chunk.index, engine.stays_on_device(use, t, needs_grad))
+                for t, needs_grad in zip(tensors, record.requires_grad, strict=True)
+            ]
+        return self._join(record, parts)
+
+    def _forward_part(
+        self, record: Record, slot: torch.Tensor, tensors: list[torch.Tensor], index: int
+    ) -> list[torch.Tensor]:
+        use = record.use
+        inputs = [_part(t, s, index, record.micro_batches) for t, s in zip(tensors, record.split, strict=True)]
+        record.random.append(RandomState.capture(self._engine.backend.torch_device))
+        if record.keep_graph:
+            return self._forward_with_graph(record, slot, inputs)
+        with swapped(use.chunk, leaves_of(use.chunk, slot, graph=False)):
+            args, kwargs = record.call.put(inputs)
+            record.output, outputs = Output.take(use.forward(*args, **kwargs))
+        return outputs
+
+    @staticmethod
+    def _joinable(record: Record, tensors: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+        """Whether every output of a micro-batch has the batch as (a factor of) its first dimension."""
+        batch = next(
+            _part(t, True, 0, record.micro_batches).shape[0]
+            for t, split in zip(tensors, record.split, strict=True)
+            if split
+        )
+        return all(t.dim() > 0 and t.shape[0] > 0 and t.shape[0] % batch == 0 for t in outputs)
+
+    def _join(self, record: Record, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+        if len(parts) == 1:
+            # Autograd must not see a tensor of an inner graph, nor an input, as the output of this node.
+            return [t.detach() for t in parts[0]]
+        record.output_sizes = [[t.shape[0] for t in part] for part in parts]
+        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+    def _forward_with_graph(
+        self, record: Record, slot: torch.Tensor, inputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        chunk = record.use.chunk
+        kept = KeptGraph(slot)
+        leaves = leaves_of(chunk, slot, graph=True)
+        with torch.enable_grad(), swapped(chunk, leaves), kept.hooks():
+            own = [t.detach().requires_grad_(r) for t, r in zip(inputs, record.requires_grad, strict=True)]
+            args, kwargs = record.call.put(own)
+            record.output, outputs = Output.take(record.use.forward(*args, **kwargs))
+        engine = self._engine
+        handles = collect(leaves, lambda entry, gradient: engine.gradient_of(chunk).add(entry, gradient))
+        record.graphs.append(Graph(kept, own, outputs, handles))
+        record.use.backward_reads_weights = kept.reads_weights
+        return outputs
+
+    def run_backward(self, record: Record, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        engine, use = self._engine, record.use
+        engine.begin_backward(record)
+        try:
+            previous = record.previous() if record.previous is not None else None
+            if previous is not None:
+                for saved in previous.saved:
+                    saved.prefetch()
+            if record.micro_batches > 1:
+                engine.gradient_of(use.chunk).widen()
+            if record.keep_graph:
+                result = self._backward_of_graph(record, gradients)
+            else:
+                result = self._backward_by_recomputation(record, gradients)
+        except BaseException:
+            engine.interrupted(use)
+            raise
+        finally:
+            record.free()
+        engine.backward_visited(record)
+        return result
+
+    def _backward_of_graph(
+        self, record: Record, gradients: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        engine, use = self._engine, record.use
+        parts: list[list[torch.Tensor | None]] = []
+        needs_weights = any(g.kept.reads_weights for g in record.graphs)
+        holding = engine.holding(use.chunk, backward=True) if needs_weights else contextlib.nullcontext(None)
+        with holding as slot:
+            for i, graph in enumerate(record.graphs):
+                graph.kept.slot = slot
+                self._differentiate(graph.outputs, record.output_gradients(gradients, i))
+                parts.append(self._gradients_of(record, graph.inputs))
+                for handle in graph.hooks:
+                    handle.remove()
+        return self._input_gradients(record, parts)
+
+    def _backward_by_recomputation(
+        self, record: Record, gradients: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        engine, use, n = self._engine, record.use, record.micro_batches
+        tensors = [saved.get() for saved in record.saved]
+        parts: list[list[torch.Tensor | None]] = []
+        with engine.holding(use.chunk, backward=True) as slot:
+            for i in range(n):
+                leaves = leaves_of(use.chunk, slot, graph=True)
+                handles = collect(leaves, lambda entry, gradient: engine.gradient_of(use.chunk).add(entry, gradient))
+                own = [
+                    _part(t, s, i, n).detach().requires_grad_(r)
+                    for t, s, r in zip(tensors, record.split, record.requires_grad, strict=True)
+                ]
+                with (
+                    torch.enable_grad(),
+                    swapped(use.chunk, leaves),
+                    record.random[i].restored(engine.backend.torch_device),
+                ):
+                    args, kwargs = record.call.put(own)
+                    _, outputs = Output.take(use.forward(*args, **kwargs))
+                self._differentiate(outputs, record.output_gradients(gradients, i))
+                del outputs
+                parts.append(self._gradients_of(record, own))
+                for handle in handles:
+                    handle.remove()
+        return self._input_gradients(record, parts)
+
+    @staticmethod
+    def _differentiate(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+        pairs = [
+            (out, gradient)
+            for out, gradient in zip(outputs, gradients, strict=True)
+            if gradient is not None and out.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+
+    @staticmethod
+    def _gradients_of(record: Record, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        # In a split input, a micro-batch without a gradient stands for zeros.
+        fill = record.micro_batches > 1
+        return [
+            torch.zeros_like(t) if t.grad is None and fill and split and t.requires_grad else t.grad
+            for t, split in zip(inputs, record.split, strict=True)
+        ]
+
+    @staticmethod
+    def _input_gradients(record: Record, parts: list[list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
+        """Joins the micro-batches' input gradients: concatenated where the input was split, else summed in float32."""
+        result: list[torch.Tensor | None] = []
+        for split, pieces in zip(record.split, zip(*parts, strict=True), strict=True):
+            present = [p for p in pieces if p is not None]
+            if not present:
+                result.append(None)
+            elif len(pieces) == 1:
+                result.append(present[0])
+            elif split:
+                result.append(torch.cat(present))
+            else:
+                total = present[0].float()
+                for piece in present[1:]:
+                    total = total + piece
+                result.append(total.to(present[0].dtype))
+        return result
