@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from slidecore.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:

@@ -75,7 +75,7 @@ def finetune(
     """Fine-tune every parameter of a model, through a window of device memory."""
     from slidecore.finetune.loop import run
     from slidecore.finetune.options import Options
-    from slidecore.finetune.report import Progress, summary_lines
+    from slidecore.finetune.report import summary_lines
 
     options = Options(
         model=model,
@@ -99,6 +99,5 @@ def finetune(
         micro_batch=int(micro_batch) if micro_batch.isdigit() else micro_batch,
         trace_step=trace_step,
     )
-    progress = Progress()
-    for line in summary_lines(run(options, progress)):
-        progress.say(line)
+    for line in summary_lines(run(options)):
+        print(line)

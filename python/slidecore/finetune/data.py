@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from slidecore.errors import InputError, MissingDependencyError
 
 # A document longer than this is tokenised in pieces, cut at line ends, because tokenizers hold a multiple of their

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from slidecore.errors import MissingDependencyError, SlidecoreError
 from slidecore.finetune.options import Options
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-import slidecore
 import torch
+
+import slidecore
 from slidecore.errors import InputError, InterruptedRunError, MissingDependencyError, TrainingError
 from slidecore.finetune import output
 from slidecore.finetune.data import PackedData, find_files, pack
@@ -33,6 +35,7 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
         InterruptedRunError: Ctrl-C.
     """
     options.check()
+    _check_packages()
     progress = progress or Progress()
     # Cheap checks first: each finds its error before the next, longer piece of work.
     files = find_files(options.data, options.glob)
@@ -93,6 +96,17 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
         ordinary_training_bytes=state.ordinary_training_bytes,
         out=out.path,
     )
+
+
+def _check_packages() -> None:
+    """Finds a missing package before hours of work need it."""
+    for package in ("transformers", "accelerate", "datasets", "matplotlib", "rich"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{package} is not installed", "Run: pip install 'slidecore[finetune]'"
+            ) from error
 
 
 class Training:
@@ -246,7 +260,7 @@ def _load(checkpoint: Checkpoint, options: Options) -> Any:
     except InputError:
         raise
     except (ValueError, RuntimeError, MemoryError) as error:
-        # The engine's refusals: no such device, a budget that is too small, too little memory. They say what would work.
+        # The engine refuses: no such device, a budget that is too small, too little memory. It says what would work.
         raise InputError(f"cannot offload the model: {error}") from error
 
 

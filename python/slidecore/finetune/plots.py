@@ -90,12 +90,12 @@ def plot_timeline(path: Path, spans: Sequence[Span], *, title: str = "One traini
         # An artist of its own for the legend: a kind may occur on several lanes.
         axes.barh(0, 0, color=colour, label=label, hatch="////" if kind == "wait" else None)
     axes.set_yticks(range(len(lanes)), lanes)
-    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(lanes)) - 0.5, -0.5)
     axes.set(xlabel="time (ms)", title=title)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     end = max((span[4] for span in spans), default=origin + 1)
-    axes.set_xlim(0, (end - origin) / 1e6)
+    axes.set_xlim(0, max(1, end - origin) / 1e6)
     if spans:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(kinds), frameon=False)
     else:

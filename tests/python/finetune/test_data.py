@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from slidecore.errors import InputError
 from slidecore.finetune import data as data_module
 from slidecore.finetune.data import PackedData, find_files, pack
@@ -58,7 +57,10 @@ def test_text_is_packed_as_a_naive_concatenation(
 ) -> None:
     # However it is read: pieces must not show.
     monkeypatch.setattr(data_module, "PIECE_CHARACTERS", piece)
-    documents = [f"{'x' * n}\r\ndéf {n}\n\n{'é' * n}".encode() for n in (0, 1, 13, 200)] + [b"", b"last, with no line end"]
+    documents = [f"{'x' * n}\r\ndéf {n}\n\n{'é' * n}".encode() for n in (0, 1, 13, 200)] + [
+        b"",
+        b"last, with no line end",
+    ]
     source = tmp_path / "source"
     (source / "b").mkdir(parents=True)
     for index, document in enumerate(documents):
@@ -220,7 +222,7 @@ def test_templates_that_cannot_do_what_is_asked_are_clear_errors(chat_tokenizer:
     with pytest.raises(InputError, match="does not mark the assistant's tokens"):
         _pack(tmp_path / "a.jsonl", chat_tokenizer, tmp_path / "c1", assistant_only=True)
     chat_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(InputError, match="line 1: the chat template cannot render.*roles must alternate"):
+    with pytest.raises(InputError, match=r"line 1: the chat template cannot render.*roles must alternate"):
         _pack(tmp_path / "a.jsonl", chat_tokenizer, tmp_path / "c2")
 
 

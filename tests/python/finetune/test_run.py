@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slidecore
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-
-import slidecore
 from slidecore.errors import InputError, InterruptedRunError, TrainingError
 from slidecore.finetune import loop, output
 from slidecore.finetune.data import find_files, pack
@@ -68,7 +67,7 @@ def _plain(options: Options, steps: int, tmp_path: Path) -> tuple[list[float], d
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, model.state_dict()
 
 
