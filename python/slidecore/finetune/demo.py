@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,36 @@ from slidecore.errors import MissingDependencyError, SlidecoreError
 from slidecore.finetune.options import Options
 
 END_OF_TEXT = "<|endoftext|>"
-# Chosen so that two CPU cores take about two minutes: narrow, but with enough blocks that a window of two is a small
-# part of it; short sequences and small batches, because many small steps teach a small model more than few large ones.
+# Short sequences and small batches, because many small steps teach a small model more than few large ones.
 STEPS = 400
-DEVICE_MEMORY = "16MiB"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the demo's model, with a budget below its weights and far below its planes, and the learning rate it takes."""
+
+    hidden: int
+    layers: int
+    device_memory: str
+    lr: float
+
+
+# About two minutes on two CPU cores: narrow, but with enough blocks that a window of two is a small part of them.
+_ON_CPU = {
+    torch.bfloat16: Size(hidden=192, layers=12, device_memory="8MiB", lr=2e-3),
+    torch.float32: Size(hidden=192, layers=12, device_memory="16MiB", lr=2e-3),
+}
+# The workspaces of a card's libraries alone would fill the budgets above.
+_ON_CARD = Size(hidden=512, layers=32, device_memory="160MiB", lr=1e-3)
+
+
+def choose_size(device: str) -> tuple[Size, torch.dtype]:
+    """What suits `device`, and the dtype to compute in."""
+    from slidecore.finetune.loop import choose_compute_dtype
+
+    dtype = choose_compute_dtype("auto", device)
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return _ON_CPU[dtype] if on_cpu else _ON_CARD, dtype
 
 
 def make_tokenizer() -> Any:
@@ -59,6 +86,8 @@ def make_model(path: Path, *, hidden: int = 192, layers: int = 12, seed: int = 0
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from slidecore.finetune.output import without_bars
+
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -77,8 +106,9 @@ def make_model(path: Path, *, hidden: int = 192, layers: int = 12, seed: int = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    with without_bars():
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,8 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         progress = Progress()
         model = arguments.out / "model"
+        size, dtype = choose_size(arguments.device)
         with progress.stage(f"Making a small Llama of random weights in {model}"):
-            make_model(model)
+            make_model(model, hidden=size.hidden, layers=size.layers)
 
         from slidecore.finetune.loop import run
 
@@ -109,12 +140,13 @@ def main(argv: list[str] | None = None) -> int:
             sequence_length=128,
             batch_size=4,
             steps=arguments.steps,
-            lr=2e-3,
+            lr=size.lr,
             warmup=20,
             weight_decay=0.1,
             betas=(0.9, 0.95),
             device=arguments.device,
-            device_memory=DEVICE_MEMORY,
+            device_memory=size.device_memory,
+            compute_dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         )
         for line in summary_lines(run(options, progress)):
             progress.say(line)

@@ -67,7 +67,7 @@ class OutputDirectory:
         """
         staging = Path(tempfile.mkdtemp(prefix=_SAVING, dir=self.path))
         try:
-            with _without_bars():
+            with without_bars():
                 model.save_pretrained(staging, max_shard_size=SHARD_SIZE)
                 tokenizer.save_pretrained(staging)
             for file in staging.iterdir():
@@ -84,7 +84,7 @@ class OutputDirectory:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Without transformers' own progress bars, which would fight with the run's."""
     from transformers.utils import logging
 

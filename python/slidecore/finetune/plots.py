@@ -18,13 +18,13 @@ Span = tuple[str, str, int, int, int, int]
 _LANES = ["upload", "compute", "download", "update", "disk"]
 # Forward and backward kinds are told apart by lightness, lanes by hue; waits alone are red.
 _COLOURS = {
-    "visit_forward": ("forward", "#7fb3d5"),
-    "visit_backward": ("backward", "#1f618d"),
+    "forward": ("forward", "#7fb3d5"),
+    "backward": ("backward", "#1f618d"),
     "wait": ("exposed wait", "#e74c3c"),
     "weights": ("weights up", "#f5b041"),
     "gradient": ("gradients down", "#52be80"),
-    "input_out": ("saved inputs out", "#a9dfbf"),
-    "input_in": ("saved inputs in", "#fad7a0"),
+    "save input": ("saved inputs out", "#a9dfbf"),
+    "fetch input": ("saved inputs in", "#fad7a0"),
     "update": ("AdamW", "#884ea0"),
     "read": ("read", "#aab7b8"),
     "write": ("write", "#616a6b"),
@@ -79,12 +79,14 @@ def plot_timeline(path: Path, spans: Sequence[Span], *, title: str = "One traini
         for row, lane in enumerate(lanes):
             bars = [((s[3] - origin) / 1e6, (s[4] - s[3]) / 1e6) for s in spans if s[0] == lane and s[1] == kind]
             if bars:
+                # Visits follow each other without a gap and need a border; what is short needs an outline of its own
+                # colour, or it would be too thin to be seen.
                 axes.broken_barh(
                     bars,
                     (row - 0.38, 0.76),
                     facecolors=colour,
-                    edgecolor="white" if kind != "wait" else "#922b21",
-                    linewidth=0.3,
+                    edgecolor={"forward": "white", "backward": "white", "wait": "#922b21"}.get(kind, colour),
+                    linewidth=0.6,
                     hatch="////" if kind == "wait" else None,
                 )
         # An artist of its own for the legend: a kind may occur on several lanes.
