@@ -26,6 +26,8 @@ function(slidecore_kernel_set name)
   target_sources(slidecore_optimizer PRIVATE $<TARGET_OBJECTS:${target}>)
 endfunction()
 
+# The scalars that the kernels take are computed outside of them.
+target_compile_options(slidecore_optimizer PRIVATE -ffp-contract=off)
 slidecore_kernel_set(generic)
 if(SLIDECORE_X86_KERNELS)
   slidecore_kernel_set(avx2 -mavx2)

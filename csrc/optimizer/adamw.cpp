@@ -25,16 +25,8 @@ T* shifted(T* plane, std::size_t elements) {
   return plane == nullptr ? nullptr : plane + elements;
 }
 
-}  // namespace
-
-kernels::Scalars adamw_scalars(const AdamWHyper& hyper) {
-  if (!(hyper.lr >= 0)) refuse("lr", hyper.lr, "0 or more");
-  if (!(hyper.beta1 >= 0 && hyper.beta1 < 1)) refuse("beta1", hyper.beta1, "in [0, 1)");
-  if (!(hyper.beta2 >= 0 && hyper.beta2 < 1)) refuse("beta2", hyper.beta2, "in [0, 1)");
-  if (!(hyper.eps >= 0)) refuse("eps", hyper.eps, "0 or more");
-  if (!(hyper.weight_decay >= 0)) refuse("weight_decay", hyper.weight_decay, "0 or more");
-  if (hyper.step < 1) refuse("step", static_cast<double>(hyper.step), "1 or more (this update included)");
-
+// Not inlined: the compiler knows nothing of the environment and might compute before it is set.
+[[gnu::noinline]] kernels::Scalars rounded_scalars(const AdamWHyper& hyper) {
   const double step = static_cast<double>(hyper.step);
   const double bias_correction1 = 1 - std::pow(hyper.beta1, step);
   const double bias_correction2 = 1 - std::pow(hyper.beta2, step);
@@ -51,6 +43,20 @@ kernels::Scalars adamw_scalars(const AdamWHyper& hyper) {
   scalars.eps = static_cast<float>(hyper.eps);
   scalars.minus_step_size = static_cast<float>(-(hyper.lr / bias_correction1));
   return scalars;
+}
+
+}  // namespace
+
+kernels::Scalars adamw_scalars(const AdamWHyper& hyper) {
+  if (!(hyper.lr >= 0)) refuse("lr", hyper.lr, "0 or more");
+  if (!(hyper.beta1 >= 0 && hyper.beta1 < 1)) refuse("beta1", hyper.beta1, "in [0, 1)");
+  if (!(hyper.beta2 >= 0 && hyper.beta2 < 1)) refuse("beta2", hyper.beta2, "in [0, 1)");
+  if (!(hyper.eps >= 0)) refuse("eps", hyper.eps, "0 or more");
+  if (!(hyper.weight_decay >= 0)) refuse("weight_decay", hyper.weight_decay, "0 or more");
+  if (hyper.step < 1) refuse("step", static_cast<double>(hyper.step), "1 or more (this update included)");
+
+  const DefaultFloatEnvironment environment;
+  return rounded_scalars(hyper);
 }
 
 void check_planes(const AdamWPlanes& planes, std::size_t n) {

@@ -135,14 +135,22 @@ class AdamWSink:
 
     def __init__(self, pool: ThreadPool) -> None: ...
     def add_chunk(
-        self, *, n: int, gradient_float32: bool, exp_avg: int, exp_avg_sq: int,
-        weight: int = 0, residual: int = 0, weight32: int = 0,
+        self,
+        *,
+        n: int,
+        gradient_float32: bool,
+        exp_avg: int,
+        exp_avg_sq: int,
+        weight: int = 0,
+        residual: int = 0,
+        weight32: int = 0,
     ) -> int:
         """Registers the planes of the next chunk (n elements each) and returns its index."""
     def prepare(self, chunk: int, segments: Sequence[tuple[int, int, AdamWHyper]]) -> None:
         """Says how the chunk's next submission is applied: (offset, length, hyper) in elements, ascending.
 
-        Elements outside the segments stay as they are."""
+        Elements outside the segments stay as they are.
+        """
 
 @final
 class Scheduler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import warnings
 import weakref
@@ -19,7 +20,15 @@ from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Planes, lay_out
-from slidecore.planner import ActivationPlan, check_device_budget, device_needs, plan_activations
+from slidecore.planner import (
+    LARGEST_TILE,
+    SMALLEST_TILE,
+    ActivationPlan,
+    check_device_budget,
+    device_needs,
+    plan_activations,
+    plan_head,
+)
 from slidecore.saved_inputs import SavedInputs
 from slidecore.visit import Call, KeptGraph, RandomState, Record, Use, Visits, leaves_of, swapped
 
@@ -31,10 +40,6 @@ logger = logging.getLogger("slidecore")
 
 FORWARD, BACKWARD = _core.Scheduler.FORWARD, _core.Scheduler.BACKWARD
 GRADIENT_BUFFERS = 2
-# The head's tiles: bytes that a logit costs (itself and its gradient in bf16, the float32 copies of the loss), and
-# tokens; matrix products are at full speed long before the largest.
-BYTES_PER_LOGIT = 16
-SMALLEST_TILE, LARGEST_TILE = 128, 8192
 # Tensors smaller than this are not worth a trip to host memory.
 SMALLEST_SAVED = 4096
 _CROSS_BATCH = (nn.modules.batchnorm._BatchNorm,)
@@ -86,8 +91,10 @@ class Engine:
             if available is not None:
                 check_device_budget(self.needs, available, window, self.needs)
                 # The rest is for what other libraries allocate, and for the allocator's rounding.
-                device_memory = int(available * 0.85)
+                device_memory = int(available * 0.88)
         self.device_memory = device_memory
+        fused = not backend.is_host and importlib.util.find_spec("triton") is not None
+        self._head_logits, self.needs = plan_head(self.chunks, self.needs, device_memory, compute_dtype, fused)
         self.window = window
 
         self.pool = _core.ThreadPool(threads)
@@ -101,7 +108,11 @@ class Engine:
         self._slots: dict[int, torch.Tensor] = {}
         windows: list[tuple[list[int], int]] = []
         window_of: dict[str, int] = {}
-        for kind, numel, count in (("block", block_numel, window), ("edge", edge_numel, 1), ("resident", resident_numel, 1)):
+        for kind, numel, count in (
+            ("block", block_numel, window),
+            ("edge", edge_numel, 1),
+            ("resident", resident_numel, 1),
+        ):
             if numel == 0:
                 continue
             addresses = []
@@ -450,14 +461,7 @@ class Engine:
 
     def head_tile(self, vocabulary: int) -> int:
         """Tokens whose logits the head makes at once, as the budget allows."""
-        if self.device_memory is None:
-            return 1024
-        room = self.device_memory - self.needs.fixed - self.needs.edge_gradients
-        largest_weight = max((e.numel for c in self.chunks if c.kind == "edge" for e in c.entries), default=0)
-        room -= largest_weight * self.compute_dtype.itemsize  # the tile's own gradient of the head
-        # Half: hidden states, saved inputs and kept graphs are there too.
-        tokens = room // 2 // (vocabulary * BYTES_PER_LOGIT)
-        return int(max(SMALLEST_TILE, min(LARGEST_TILE, tokens)))
+        return int(max(SMALLEST_TILE, min(LARGEST_TILE, self._head_logits // vocabulary)))
 
     def refuse_micro_batches(self, use: Use) -> None:
         """Blocks of this class have outputs that cannot be joined from micro-batches."""

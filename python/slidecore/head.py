@@ -8,6 +8,7 @@ Anything else that looks at the logits gets real ones.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from slidecore.engine import Engine
 
 Tile = Callable[[torch.Tensor], torch.Tensor]
+
+_NO_TRITON = importlib.util.find_spec("triton") is None
 
 # What models do to logits between head and loss: elementwise, with scalars only.
 _ELEMENTWISE = {
@@ -88,7 +91,9 @@ class DeferredLogits(torch.Tensor):
                 out: torch.Tensor = func(tile, *rest, **kwargs)
                 return out
 
-            moves = func is torch.Tensor.to and any(isinstance(a, (str, torch.device)) for a in (*rest, *kwargs.values()))
+            moves = func is torch.Tensor.to and any(
+                isinstance(a, (str, torch.device)) for a in (*rest, *kwargs.values())
+            )
             if not moves:
                 return cls._of(me.engine, me.use, me.hidden, me.shape, dtype, (*me.tail, apply))
         real = {id(a): a.materialise() for a in _deferred((args, kwargs))}
@@ -154,7 +159,8 @@ class HeadRecord:
 
 class HeadLoss(torch.autograd.Function):
     """Sum of the tokens' cross-entropy over `divisor`. Gradients are made in forward (as in Liger-Kernel's fused
-    linear cross-entropy, arXiv 2410.10989) and scaled in backward."""
+    linear cross-entropy, arXiv 2410.10989) and scaled in backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, record: HeadRecord, anchor: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
@@ -201,23 +207,35 @@ def _run_tiles(record: HeadRecord, hidden: torch.Tensor, wants_gradient: bool, w
                 logits = record.use.forward(part)
                 for function in record.tail:
                     logits = function(logits)
-                loss = F.cross_entropy(
-                    logits.float(),
-                    labels[tile],
-                    reduction="sum",
-                    ignore_index=record.ignore_index,
-                    label_smoothing=record.label_smoothing,
-                )
-                loss = loss / record.divisor
-                total += loss.detach()
-                del logits
+                loss, logits_gradient = _loss_of_tile(record, logits, labels[tile], wants_gradient)
+                total += loss
                 if wants_gradient:
-                    loss.backward()
+                    torch.autograd.backward(logits, logits_gradient)
                     if hidden_gradient is not None and part.grad is not None:
                         hidden_gradient[tile] = part.grad
+                del logits, logits_gradient
     record.gradient = gradient
     record.hidden_gradient = hidden_gradient.view(hidden.shape) if hidden_gradient is not None else None
     return total
+
+
+@torch.no_grad()
+def _loss_of_tile(
+    record: HeadRecord, logits: torch.Tensor, labels: torch.Tensor, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tile's share of the loss, and its gradient with respect to the logits, in their dtype."""
+    options = {"ignore_index": record.ignore_index, "label_smoothing": record.label_smoothing}
+    if not wants_gradient or not logits.is_cuda or _NO_TRITON:
+        with torch.set_grad_enabled(wants_gradient):
+            leaf = logits.detach().requires_grad_(wants_gradient)
+            loss = F.cross_entropy(leaf.float(), labels, reduction="sum", **options) / record.divisor
+        gradient = torch.autograd.grad(loss, leaf)[0] if wants_gradient else None
+        return loss.detach(), gradient
+    from slidecore.triton.cross_entropy import cross_entropy
+
+    # A linear layer's backward does not read its output, so the gradient may take its place.
+    plain = isinstance(record.use.module, torch.nn.Linear) and not record.tail
+    return cross_entropy(logits.detach(), labels, record.divisor, in_place=plain, **options)
 
 
 def linear_cross_entropy(

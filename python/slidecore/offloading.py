@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from slidecore.backend import Backend
 from slidecore.engine import Engine, engines
 from slidecore.errors import ModelError, UsageError
-from slidecore.integrations import huggingface
+from slidecore.integrations import huggingface, liger
+from slidecore.integrations.liger import Kernels
 from slidecore.sizes import parse_size
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,6 +50,7 @@ def offload(
     keep_graphs: int | Literal["auto"] = "auto",
     blocks: Sequence[str | nn.Module] | None = None,
     train: bool = True,
+    kernels: Kernels = "auto",
     threads: int = 0,
     piece_bytes: int = 16 << 20,
     ring_pieces: int = 8,
@@ -67,6 +69,8 @@ def offload(
         keep_graphs: how many of the last blocks keep their graph instead of recomputing; "auto" as the budget allows.
         blocks: names or modules of the blocks, where the structure does not show them.
         train: False allocates no optimizer state and no gradients: for inference alone.
+        kernels: "liger" runs the layers of models that Liger-Kernel knows with its kernels, "torch" as they are; "auto"
+            takes Liger-Kernel on a card where it is installed.
         threads: of the CPU update; 0 for all usable CPUs less one.
         piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in.
 
@@ -96,6 +100,9 @@ def offload(
         raise ValueError(_NO_FLOAT16)
     if compute_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"compute_dtype={compute_dtype} is not supported; use torch.bfloat16 or torch.float32")
+    if kernels not in ("auto", "liger", "torch"):
+        raise ValueError(f"kernels={kernels!r} must be 'auto', 'liger' or 'torch'")
+    undo_kernels = liger.apply(model, kernels, on_card=not backend.is_host)
     engine = Engine(
         model,
         backend,
@@ -115,6 +122,8 @@ def offload(
     model.__dict__[_ATTRIBUTE] = engine
     _hook(model, engine)
     huggingface.attach(model, engine)
+    if undo_kernels is not None:
+        engine.detach.append(undo_kernels)
     return model
 
 
@@ -172,10 +181,10 @@ def close(model: nn.Module) -> None:
         UsageError: `model` is not offloaded.
     """
     engine = engine_of(model)
+    engine.close()
     for undo in engine.detach:
         undo()
     del model.__dict__[_ATTRIBUTE]
-    engine.close()
 
 
 def synchronize(model: nn.Module) -> None:

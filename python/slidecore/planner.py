@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,7 @@ class DeviceNeeds:
     resident: int
     block_gradients: int
     edge_gradients: int
+    head_tile: int  # the head's logits of one tile, and the tile's own gradient of the head's weight
 
     @property
     def fixed(self) -> int:
@@ -34,6 +35,11 @@ class DeviceNeeds:
     def total(self) -> int:
         """With the gradients that exist at the worst moment."""
         return self.fixed + max(self.block_gradients, self.edge_gradients)
+
+    @property
+    def at_head(self) -> int:
+        """What the head needs while it runs; saved inputs and kept graphs of the blocks live beside it."""
+        return self.edge_gradients + self.head_tile
 
 
 def device_needs(
@@ -57,7 +63,30 @@ def device_needs(
         resident=largest("resident") * item,
         block_gradients=blocks,
         edge_gradients=edges,
+        head_tile=0,
     )
+
+
+# The head's tiles. Bytes that a logit costs: with the fused kernel itself, overwritten by its gradient; otherwise also
+# the float32 copies of the loss. Matrix products are at full speed long before the largest number of tokens.
+BYTES_PER_LOGIT, BYTES_PER_LOGIT_UNFUSED = 4, 20
+SMALLEST_TILE, LARGEST_TILE = 128, 8192
+
+
+def plan_head(
+    chunks: Sequence[Chunk], needs: DeviceNeeds, budget: int | None, compute_dtype: torch.dtype, fused: bool
+) -> tuple[int, DeviceNeeds]:
+    """Logits that the head makes at once (tokens x vocabulary), and `needs` with the tile added."""
+    per_logit = BYTES_PER_LOGIT if fused else BYTES_PER_LOGIT_UNFUSED
+    largest = max((e.numel for c in chunks if c.kind == "edge" for e in c.entries), default=0) * compute_dtype.itemsize
+    if budget is None:
+        return 1 << 27, needs
+    # A quarter: hidden states, saved inputs and kept graphs want the rest.
+    logits = max(0, budget - needs.fixed - needs.edge_gradients - largest) // 4 // per_logit
+    # No more than tiles of LARGEST_TILE tokens can use; the embedding's rows tell the vocabulary.
+    rows = max((e.shape[0] for c in chunks if c.kind == "edge" for e in c.entries if len(e.shape) == 2), default=0)
+    logits = min(logits, LARGEST_TILE * rows)
+    return logits, replace(needs, head_tile=largest + logits * per_logit)
 
 
 def check_device_budget(needs: DeviceNeeds, budget: int, window: int, smallest: DeviceNeeds) -> None:
@@ -125,9 +154,9 @@ def plan_activations(
             )
         micro_batch = min(batch, room // per_sample)
     count = -(-batch // min(micro_batch, batch))
-    room -= per_sample * -(-batch // count)
-    # Graphs and inputs of the last blocks live while the head runs: its gradients count against them too.
-    room -= max(0, needs.edge_gradients - needs.block_gradients)
+    # Saved inputs and graphs live while the head runs, too: the hungrier of the two moments counts.
+    at_block = needs.block_gradients + per_sample * -(-batch // count)
+    room = budget - needs.fixed - around - max(at_block, needs.at_head)
     saved = max(0, min(blocks, room // max(1, input_bytes)))
     kept = 0
     if saved == blocks:

@@ -12,7 +12,7 @@ from slidecore.offloading import engine_of
 SpanTuple = tuple[str, str, int, int, int, int]
 
 
-class trace:  # noqa: N801 - used as a function: `with slidecore.trace(model) as t:`
+class trace:
     """Records every copy, update and wait of `model`'s lanes inside the `with` block.
 
     Afterwards `spans` holds (lane, kind, chunk index or -1, start ns, end ns, bytes), oldest first, `chunk_names` the

@@ -193,9 +193,7 @@ class Record:
     generation: int = 0  # of the weights that the forward read
     consumed: bool = False
 
-    def output_gradients(
-        self, gradients: Sequence[torch.Tensor | None], index: int
-    ) -> Sequence[torch.Tensor | None]:
+    def output_gradients(self, gradients: Sequence[torch.Tensor | None], index: int) -> Sequence[torch.Tensor | None]:
         """The part of the outputs' gradients that belongs to micro-batch `index`."""
         if self.micro_batches == 1:
             return gradients
@@ -304,7 +302,9 @@ class Visits:
             return self._inference(use, args, kwargs)
         engine.begin_forward()
         count, split = engine.plan_micro_batches(use, call, tensors)
-        record = Record(engine, use, call, count, keep_graph=engine.keeps_graph(use), split=split, generation=engine.generation)
+        record = Record(
+            engine, use, call, count, keep_graph=engine.keeps_graph(use), split=split, generation=engine.generation
+        )
         outputs = VisitFunction.apply(record, self.anchor if trains else None, *tensors)
         engine.forward_visited(record)
         assert record.output is not None
@@ -401,9 +401,7 @@ class Visits:
         engine.backward_visited(record)
         return result
 
-    def _backward_of_graph(
-        self, record: Record, gradients: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:
+    def _backward_of_graph(self, record: Record, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         engine, use = self._engine, record.use
         parts: list[list[torch.Tensor | None]] = []
         needs_weights = any(g.kept.reads_weights for g in record.graphs)

@@ -11,11 +11,12 @@
 namespace slidecore {
 
 // Threads of the update lane. run() calls body(begin, end) for fixed blocks of [0, n) and returns when all are
-// done; the calling thread takes part. An exception of a body is rethrown by run(). One run() at a time.
+// done; the calling thread takes part. An exception of a body is rethrown by run(). One run() at a time: a second
+// caller waits its turn, and a run() inside a body, or in a forked child (which has no workers), is done alone.
 class ThreadPool {
  public:
-  // threads = 0: the CPUs this process may use (affinity and cgroup quota), less one that is left to the
-  // framework's launching thread, at least 1. The count includes the caller of run().
+  // threads = 0: SLIDECORE_THREADS if set, else the CPUs this process may use (affinity and cgroup quota), less one
+  // that is left to the framework's launching thread, at least 1. The count includes the caller of run().
   explicit ThreadPool(int threads = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -33,6 +34,8 @@ int usable_cpus();
 
 // fp32 <-> planes, exact for all 2^32 patterns:
 //   weight = (bits + 0x8000) >> 16; residual = int16(bits); bits = (weight << 16) + sign_extend(residual)
+// For NaN patterns from 0x7fff8000 (0xffff8000) on, the weight plane alone reads as a zero, not as a NaN; adamw()
+// never stores one of these. Finite values from 0x7f7f8000 on have infinity as their weight.
 void split(ThreadPool& pool, const float* master, std::uint16_t* weight, std::int16_t* residual, std::size_t n);
 void merge(ThreadPool& pool, const std::uint16_t* weight, const std::int16_t* residual, float* master, std::size_t n);
 
@@ -49,14 +52,17 @@ struct AdamWPlanes {
 
 struct AdamWHyper {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 1e-2;
-  std::int64_t step = 1;      // of this parameter, counted from 1, including this update
+  std::int64_t step = 1;  // of this parameter, counted from 1, including this update
   bool maximize = false;
-  float gradient_scale = 1.f; // multiplies the gradient first (clip factor)
+  float gradient_scale = 1.f;  // multiplies the gradient first (clip factor)
 };
 
 // One decoupled-weight-decay step (Loshchilov & Hutter, arXiv 1711.05101) in the order of operations of
 // torch.optim.AdamW's single-tensor path, in fp32 without contraction: bit-identical for every instruction set,
-// thread count and division into calls. `planes` and `gradient` point at the first of the n parameters.
+// thread count and division into calls, whatever the caller's rounding and denormal modes; a NaN is always stored as
+// 0x7fc00000. `planes` and `gradient` point at the first of the n parameters. Torch's own bits depend on its build:
+// without its FMA kernels (ATEN_CPU_CAPABILITY=default) its moments equal these, and its weights differ only where
+// its vector library's sqrt is not the correctly rounded one.
 void adamw(ThreadPool& pool, const AdamWHyper& hyper, const AdamWPlanes& planes, const void* gradient,
            GradientType type, std::size_t n);
 

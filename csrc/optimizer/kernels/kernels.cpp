@@ -37,6 +37,15 @@ inline std::uint32_t joined(std::uint16_t weight, std::int16_t residual) {
   return (std::uint32_t{weight} << 16) + static_cast<std::uint32_t>(std::int32_t{residual});
 }
 
+// Five streams cross a page border every few thousand parameters, where the processor's own prefetch stops.
+constexpr std::size_t stride = 64;
+constexpr std::size_t prefetch_distance = 512;
+
+template <typename T>
+inline void prefetch(const T* plane) {
+  for (std::size_t i = 0; i < stride; i += 64 / sizeof(T)) __builtin_prefetch(plane + i, 1);
+}
+
 template <bool Split, typename Gradient>
 inline void loop(const Scalars s, const Gradient* __restrict gradient, std::uint16_t* __restrict weight,
                  std::int16_t* __restrict residual, float* __restrict weight32, float* __restrict exp_avg,
@@ -52,6 +61,7 @@ inline void loop(const Scalars s, const Gradient* __restrict gradient, std::uint
     p *= s.decay;
     const float m_old = exp_avg[i];
     const float m = (s.lerp_from_gradient ? g : m_old) + s.lerp_factor * (g - m_old);
+    // Association as in torch's addcmul, (value * g) * g, and addcdiv, (value * m) / denominator.
     const float v = exp_avg_sq[i] * s.beta2 + s.one_minus_beta2 * g * g;
     const float denominator = __builtin_sqrtf(v) / s.bias_correction2_sqrt + s.eps;
     p = one_nan(p + s.minus_step_size * m / denominator);
@@ -68,9 +78,35 @@ inline void loop(const Scalars s, const Gradient* __restrict gradient, std::uint
 }
 
 template <bool Split, typename Gradient>
-void adamw(const Scalars& scalars, const Planes& planes, const void* gradient, std::size_t n) {
-  loop<Split>(scalars, static_cast<const Gradient*>(gradient), planes.weight, planes.residual, planes.weight32,
-              planes.exp_avg, planes.exp_avg_sq, n);
+void adamw(const Scalars& scalars, const Planes& planes, const void* gradient_plane, std::size_t n) {
+  const Gradient* gradient = static_cast<const Gradient*>(gradient_plane);
+  auto [weight, residual, weight32, exp_avg, exp_avg_sq] = planes;
+  while (n >= stride) {
+    if (n > prefetch_distance) {
+      prefetch(gradient + prefetch_distance);
+      if constexpr (Split) {
+        prefetch(weight + prefetch_distance);
+        prefetch(residual + prefetch_distance);
+      } else {
+        prefetch(weight32 + prefetch_distance);
+      }
+      prefetch(exp_avg + prefetch_distance);
+      prefetch(exp_avg_sq + prefetch_distance);
+    }
+    // The constant count lets the compiler drop the loop's checks and remainders.
+    loop<Split>(scalars, gradient, weight, residual, weight32, exp_avg, exp_avg_sq, stride);
+    gradient += stride;
+    if constexpr (Split) {
+      weight += stride;
+      residual += stride;
+    } else {
+      weight32 += stride;
+    }
+    exp_avg += stride;
+    exp_avg_sq += stride;
+    n -= stride;
+  }
+  loop<Split>(scalars, gradient, weight, residual, weight32, exp_avg, exp_avg_sq, n);
 }
 
 void split(const float* __restrict master, std::uint16_t* __restrict weight, std::int16_t* __restrict residual,

@@ -73,7 +73,9 @@ def _defer_logits(model: nn.Module, engine: Engine, use: Use) -> list[Any]:
             return visiting(hidden, *args, **kwargs)  # type: ignore[no-any-return]
         vocabulary = head.weight.shape[0]
         assert isinstance(vocabulary, int)
-        return DeferredLogits.make(engine, use, hidden, torch.Size((*hidden.shape[:-1], vocabulary)), engine.compute_dtype)
+        return DeferredLogits.make(
+            engine, use, hidden, torch.Size((*hidden.shape[:-1], vocabulary)), engine.compute_dtype
+        )
 
     head.forward = forward  # type: ignore[method-assign]
     original = model.loss_function
@@ -93,9 +95,7 @@ def _defer_logits(model: nn.Module, engine: Engine, use: Use) -> list[Any]:
             )
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        return linear_cross_entropy(
-            logits, shift_labels, ignore_index=ignore_index, num_items=num_items_in_batch
-        )
+        return linear_cross_entropy(logits, shift_labels, ignore_index=ignore_index, num_items=num_items_in_batch)
 
     model.loss_function = loss_function  # type: ignore[assignment]
     engine.detach.append(lambda: setattr(model, "loss_function", original))

@@ -1,0 +1,234 @@
+#include "slidecore/adamw_sink.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "slidecore/optimizer.h"
+#include "slidecore/status.h"
+
+namespace slidecore {
+namespace {
+
+using Segment = AdamWSink::Segment;
+
+struct Planes {
+  std::vector<std::uint16_t> weight;
+  std::vector<std::int16_t> residual;
+  std::vector<float> exp_avg, exp_avg_sq;
+
+  explicit Planes(std::size_t n) : weight(n), residual(n), exp_avg(n), exp_avg_sq(n) {
+    for (std::size_t i = 0; i < n; ++i) {
+      weight[i] = static_cast<std::uint16_t>(0x3c00 + i % 777);
+      residual[i] = static_cast<std::int16_t>(i * 31);
+    }
+  }
+  AdamWPlanes at(std::size_t offset) {
+    return {weight.data() + offset, residual.data() + offset, nullptr, exp_avg.data() + offset,
+            exp_avg_sq.data() + offset};
+  }
+  bool operator==(const Planes& other) const = default;
+};
+
+std::vector<std::uint16_t> gradient_of(std::size_t n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<std::uint16_t> gradient(n);
+  for (auto& g : gradient) g = static_cast<std::uint16_t>(0x3a00 + random() % 512 + (random() % 2) * 0x8000);
+  return gradient;
+}
+
+void submit(GradientSink& sink, std::uint32_t chunk, const std::vector<std::uint16_t>& gradient,
+            std::size_t piece_elements) {
+  sink.begin(chunk);
+  for (std::size_t i = 0; i < gradient.size(); i += piece_elements) {
+    const std::size_t count = std::min(piece_elements, gradient.size() - i);
+    sink.consume(chunk, i * 2, gradient.data() + i, count * 2);
+  }
+  sink.end(chunk);
+}
+
+template <typename Call>
+std::string message_of(Code code, const Call& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), code) << error.what();
+    return error.what();
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return {};
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+TEST(AdamWSink, SegmentsAndPiecesEqualDirectUpdates) {
+  auto pool = std::make_shared<ThreadPool>(3);
+  const std::size_t n = 100003;
+  const AdamWHyper a{.lr = 1e-3, .weight_decay = 0.1}, b{.lr = 1e-2, .weight_decay = 0, .step = 7};
+  // Gaps, neighbours with equal and with different values, an empty one, and ends inside a block.
+  const std::vector<Segment> segments = {{1, 10, a},    {11, 4, b},    {15, 5, b},        {20, 0, a},    {30, 40000, a},
+                                         {40030, 1, b}, {50000, 3, a}, {50003, 30000, b}, {100002, 1, a}};
+  const std::vector<std::uint16_t> gradient = gradient_of(n, 1);
+  Planes expected(n);
+  for (const Segment& s : segments) {
+    adamw(*pool, s.hyper, expected.at(s.offset), gradient.data() + s.offset, GradientType::bfloat16, s.length);
+  }
+  const Planes start(n);
+  for (const std::size_t gap : {0, 20, 29, 49999, 80003, 100001}) ASSERT_EQ(expected.weight[gap], start.weight[gap]);
+  for (const std::size_t piece : {1024, 4096, 33333, 200000}) {
+    Planes planes(n);
+    AdamWSink sink(pool);
+    ASSERT_EQ(sink.add_chunk(planes.at(0), n, GradientType::bfloat16), 0u);
+    sink.prepare(0, segments);
+    submit(sink, 0, gradient, piece);
+    EXPECT_TRUE(planes == expected) << piece;
+  }
+}
+
+TEST(AdamWSink, Float32GradientAndWholeWeights) {
+  auto pool = std::make_shared<ThreadPool>(2);
+  const std::size_t n = 5000;
+  std::vector<float> weight(n, 1.f), m(n), v(n), gradient(n, 0.25f);
+  std::vector<float> weight2 = weight, m2 = m, v2 = v;
+  AdamWSink sink(pool);
+  sink.add_chunk({nullptr, nullptr, weight.data(), m.data(), v.data()}, n, GradientType::float32);
+  sink.prepare(0, {{0, n, {}}});
+  sink.begin(0);
+  sink.consume(0, 0, gradient.data(), 4096);
+  sink.consume(0, 4096, gradient.data() + 1024, (n - 1024) * 4);
+  sink.end(0);
+  adamw(*pool, {}, {nullptr, nullptr, weight2.data(), m2.data(), v2.data()}, gradient.data(), GradientType::float32, n);
+  EXPECT_EQ(weight, weight2);
+  EXPECT_EQ(m, m2);
+  EXPECT_EQ(v, v2);
+}
+
+TEST(AdamWSink, NoSegmentsLeaveTheChunkAsItIs) {
+  Planes planes(1000);
+  AdamWSink sink(std::make_shared<ThreadPool>(1));
+  sink.add_chunk(planes.at(0), 1000, GradientType::bfloat16);
+  sink.prepare(0, {});
+  submit(sink, 0, gradient_of(1000, 2), 512);
+  EXPECT_TRUE(planes == Planes(1000));
+}
+
+TEST(AdamWSink, TablesAreTakenInTheOrderTheyWerePrepared) {
+  auto pool = std::make_shared<ThreadPool>(1);
+  const std::size_t n = 3000;
+  Planes planes(n), expected(n);
+  AdamWSink sink(pool);
+  sink.add_chunk(planes.at(0), n, GradientType::bfloat16);
+  for (std::int64_t step = 1; step <= 3; ++step) sink.prepare(0, {{0, n, {.lr = 1e-2, .step = step}}});
+  for (std::int64_t step = 1; step <= 3; ++step) {
+    const auto gradient = gradient_of(n, static_cast<unsigned>(step));
+    submit(sink, 0, gradient, 1000);
+    adamw(*pool, {.lr = 1e-2, .step = step}, expected.at(0), gradient.data(), GradientType::bfloat16, n);
+    EXPECT_TRUE(planes == expected);
+  }
+  EXPECT_TRUE(contains(message_of(Code::state, [&] { sink.begin(0); }), "chunk 0"));
+}
+
+TEST(AdamWSink, DiscardDropsWhatWasNotBegun) {
+  auto pool = std::make_shared<ThreadPool>(1);
+  Planes planes(100), expected(100);
+  AdamWSink sink(pool);
+  sink.add_chunk(planes.at(0), 100, GradientType::bfloat16);
+  sink.prepare(0, {{0, 100, {.lr = 0.5}}});
+  sink.prepare(0, {{0, 100, {.lr = 0.25}}});
+  const auto gradient = gradient_of(100, 4);
+  sink.begin(0);
+  sink.discard(0);  // the begun one goes on
+  sink.consume(0, 0, gradient.data(), 200);
+  sink.end(0);
+  adamw(*pool, {.lr = 0.5}, expected.at(0), gradient.data(), GradientType::bfloat16, 100);
+  EXPECT_TRUE(planes == expected);
+  message_of(Code::state, [&] { sink.begin(0); });
+  sink.prepare(0, {});
+  sink.begin(0);
+  sink.end(0);
+}
+
+TEST(AdamWSink, PrepareRefusesBadSegmentsAndChangesNothing) {
+  Planes planes(100);
+  AdamWSink sink(std::make_shared<ThreadPool>(1));
+  sink.add_chunk(planes.at(0), 100, GradientType::bfloat16);
+  const auto refused = [&](const std::vector<Segment>& segments) {
+    return message_of(Code::invalid_argument, [&] { sink.prepare(0, segments); });
+  };
+  EXPECT_TRUE(contains(refused({{0, 101, {}}}), "chunk 0, segment 0"));
+  refused({{101, 0, {}}});
+  refused({{50, static_cast<std::size_t>(-1), {}}});
+  EXPECT_TRUE(contains(refused({{0, 10, {}}, {9, 10, {}}}), "segment 1"));
+  refused({{10, 10, {}}, {0, 10, {}}});
+  EXPECT_TRUE(contains(refused({{0, 10, {}}, {10, 10, {.lr = -1}}}), "lr"));
+  message_of(Code::invalid_argument, [&] { sink.prepare(1, {}); });
+  message_of(Code::state, [&] { sink.begin(0); });
+}
+
+TEST(AdamWSink, RefusesCallsOutOfOrderAndPiecesThatDoNotFit) {
+  EXPECT_THROW(AdamWSink(nullptr), Error);
+  Planes planes(100);
+  AdamWSink sink(std::make_shared<ThreadPool>(1));
+  EXPECT_THROW(sink.add_chunk({}, 100, GradientType::bfloat16), Error);
+  sink.add_chunk(planes.at(0), 100, GradientType::bfloat16);
+  const auto gradient = gradient_of(101, 5);
+  message_of(Code::state, [&] { sink.consume(0, 0, gradient.data(), 200); });
+  message_of(Code::state, [&] { sink.end(0); });
+  sink.prepare(0, {{0, 100, {}}});
+  sink.prepare(0, {{0, 100, {}}});
+  sink.begin(0);
+  message_of(Code::state, [&] { sink.begin(0); });
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 0, gradient.data(), 202); });
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 200, gradient.data(), 2); });
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 1, gradient.data(), 2); });
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 0, gradient.data(), 3); });
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 0, nullptr, 2); });
+  message_of(Code::invalid_argument, [&] { sink.consume(7, 0, gradient.data(), 2); });
+  EXPECT_TRUE(planes == Planes(100));
+  sink.consume(0, 200, nullptr, 0);
+  sink.end(0);
+}
+
+// The main thread prepares steps and adds chunks while the update lane consumes.
+TEST(AdamWSink, PreparesWhileTheUpdateLaneConsumes) {
+  auto pool = std::make_shared<ThreadPool>(2);
+  constexpr std::size_t n = 20001;
+  constexpr int steps = 60;
+  Planes first(n), second(n), expected(n), late(16);
+  const auto gradient = gradient_of(n, 6);
+  AdamWSink sink(pool);
+  sink.add_chunk(first.at(0), n, GradientType::bfloat16);
+  sink.add_chunk(second.at(0), n, GradientType::bfloat16);
+  std::atomic<int> prepared{0};
+  std::thread lane([&] {
+    for (int step = 1; step <= steps; ++step) {
+      while (prepared < step) std::this_thread::yield();
+      for (const std::uint32_t chunk : {1u, 0u}) submit(sink, chunk, gradient, 4096);
+    }
+  });
+  for (int step = 1; step <= steps; ++step) {
+    for (const std::uint32_t chunk : {0u, 1u}) sink.prepare(chunk, {{0, n, {.lr = 1e-2, .step = step}}});
+    prepared = step;
+    sink.add_chunk(late.at(0), 16, GradientType::bfloat16);
+  }
+  lane.join();
+  for (int step = 1; step <= steps; ++step) {
+    adamw(*pool, {.lr = 1e-2, .step = step}, expected.at(0), gradient.data(), GradientType::bfloat16, n);
+  }
+  EXPECT_TRUE(first == expected);
+  EXPECT_TRUE(second == expected);
+}
+
+}  // namespace
+}  // namespace slidecore
