@@ -92,7 +92,7 @@ def make_model(path: Path, *, hidden: int = 192, layers: int = 12, seed: int = 0
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
+        intermediate_size=(hidden * 8 // 3 + 63) // 64 * 64,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
