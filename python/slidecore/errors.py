@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class SlidecoreError(Exception):
-    """Base of the Python layer's errors."""
+    """Base of the Python layer's errors.
+
+    `message` says what is wrong; `hint` what to do about it, in a sentence, or nothing where the message does. The
+    command line returns `exit_code`: 2 where what was given cannot be used and nothing was started, 1 where a run
+    stopped on its way, 130 after an interrupt.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str = "", hint: str = "") -> None:
+        super().__init__(f"{message}\n{hint}" if hint else message)
+        self.message = message
+        self.hint = hint
 
 
 class ModelError(SlidecoreError, ValueError):
     """The model (or its files) cannot be offloaded as it is; nothing was changed."""
 
+    exit_code = 2
+
 
 class BudgetError(SlidecoreError, ValueError):
     """A memory budget is too small; the message says the smallest that works."""
 
+    exit_code = 2
+
 
 class UsageError(SlidecoreError, RuntimeError):
     """A call that this mode cannot honour; the message says what to write instead."""
+
+
+class InputError(SlidecoreError, ValueError):
+    """A file, a directory or an option given to a command cannot be used; nothing was changed."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(SlidecoreError, ImportError):
+    """A package of an optional extra is not installed."""
+
+    exit_code = 2
+
+
+class TrainingError(SlidecoreError, RuntimeError):
+    """A run cannot go on."""
+
+
+class InterruptedRunError(SlidecoreError):
+    """A run was interrupted from the keyboard."""
+
+    exit_code = 130

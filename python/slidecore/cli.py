@@ -1,0 +1,101 @@
+"""The command line. Every command is a function in a module of its own; this one puts them together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from slidecore.errors import MissingDependencyError, SlidecoreError
+
+if TYPE_CHECKING:
+    import typer
+
+_EXTRA = "pip install 'slidecore[finetune]'"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    0: done. 1: stopped on the way. 2: something given cannot be used, and nothing was started. 130: interrupted.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+    """
+    try:
+        app = _app()
+        result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="slidecore", standalone_mode=True)
+    except SlidecoreError as error:
+        show_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _print_error("interrupted", "")
+        return 130
+    except SystemExit as request:  # how typer ends, for --help and wrong arguments alike
+        return request.code if isinstance(request.code, int) else int(request.code is not None)
+    return result if isinstance(result, int) else 0
+
+
+def _app() -> typer.Typer:
+    try:
+        import typer
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the command line needs typer, which is not installed", f"Run: {_EXTRA}"
+        ) from error
+    from slidecore.finetune.command import finetune
+
+    app = typer.Typer(
+        name="slidecore",
+        no_args_is_help=True,
+        add_completion=False,
+        # Tracebacks are for bugs, and then the whole of Python's is wanted.
+        pretty_exceptions_enable=False,
+        help="Fine-tune every parameter of models larger than GPU memory, on one GPU.",
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"slidecore {_version()}")
+            raise typer.Exit
+
+    @app.callback()
+    def common(
+        version: bool = typer.Option(
+            False, "--version", callback=show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ) -> None:
+        pass
+
+    app.command(name="finetune")(finetune)
+    return app
+
+
+def _version() -> str:
+    try:
+        return version("slidecore")
+    except PackageNotFoundError:  # run from a source tree
+        return "(not installed)"
+
+
+def show_error(error: SlidecoreError) -> None:
+    """Prints what went wrong in one red line and what to do about it in another, on standard error."""
+    _print_error(" ".join(error.message.split()), error.hint)
+
+
+def _print_error(message: str, hint: str) -> None:
+    """One line in red, and the hint below it, on standard error."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(f"error: {message}", hint, sep="\n", file=sys.stderr)
+        return
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"error: {message}", style="red", markup=False)
+    if hint:
+        console.print(hint, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

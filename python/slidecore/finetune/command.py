@@ -1,0 +1,103 @@
+"""`slidecore finetune`: the run's options as a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MODEL, _TRAINING, _ENGINE = "Input and output", "Training", "Device"
+
+
+def finetune(
+    model: Annotated[
+        Path,
+        typer.Option(help="Hugging Face model directory (safetensors and tokenizer).", rich_help_panel=_MODEL),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Text, .jsonl (`text` or `messages`) or .parquet file, or a directory of such files.",
+            rich_help_panel=_MODEL,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write.", rich_help_panel=_MODEL)],
+    glob: Annotated[
+        str | None,
+        typer.Option(help='Files to take from a data directory, such as "**/*.md".', rich_help_panel=_MODEL),
+    ] = None,
+    assistant_only: Annotated[
+        bool,
+        typer.Option(
+            "--assistant-only",
+            help="For chats: take the loss on the assistant's tokens only (the chat template has to mark them).",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace what is in the output directory.", rich_help_panel=_MODEL),
+    ] = False,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.", rich_help_panel=_TRAINING)] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.", rich_help_panel=_TRAINING)] = 16,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of steps; takes precedence over --epochs.", rich_help_panel=_TRAINING)
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=_TRAINING)] = 1.0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_TRAINING)] = 1e-5,
+    warmup: Annotated[
+        float,
+        typer.Option(help="Warm-up: a share of all steps if below 1, else their number.", rich_help_panel=_TRAINING),
+    ] = 0.03,
+    weight_decay: Annotated[
+        float, typer.Option(help="Decay of weight matrices (never of norms and biases).", rich_help_panel=_TRAINING)
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(help="Seed of data order and dropout.", rich_help_panel=_TRAINING)] = 0,
+    device: Annotated[
+        str, typer.Option(help='"auto", "cuda", "cuda:1" or "cpu" (the host backend).', rich_help_panel=_ENGINE)
+    ] = "auto",
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help='Budget of device memory, such as "20GiB"; all of it if not given.', rich_help_panel=_ENGINE),
+    ] = None,
+    compute_dtype: Annotated[
+        str, typer.Option(help='"auto", "bfloat16" or "float32".', rich_help_panel=_ENGINE)
+    ] = "auto",
+    window: Annotated[int, typer.Option(help="Slots of the window.", rich_help_panel=_ENGINE)] = 2,
+    micro_batch: Annotated[
+        str, typer.Option(help='Sequences that a chunk computes at once, or "auto".', rich_help_panel=_ENGINE)
+    ] = "auto",
+    trace_step: Annotated[
+        int, typer.Option(help="Step whose lanes are recorded; 0 for none.", rich_help_panel=_ENGINE)
+    ] = 3,
+) -> None:
+    """Fine-tune every parameter of a model, through a window of device memory."""
+    from slidecore.finetune.loop import run
+    from slidecore.finetune.options import Options
+    from slidecore.finetune.report import summary_lines
+
+    options = Options(
+        model=model,
+        data=data,
+        out=out,
+        glob=glob,
+        assistant_only=assistant_only,
+        overwrite=overwrite,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        steps=steps,
+        epochs=epochs,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        seed=seed,
+        device=device,
+        device_memory=device_memory,
+        compute_dtype=compute_dtype,
+        window=window,
+        micro_batch=int(micro_batch) if micro_batch.isdigit() else micro_batch,
+        trace_step=trace_step,
+    )
+    for line in summary_lines(run(options)):
+        print(line)

@@ -1,0 +1,104 @@
+"""What a fine-tuning run is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slidecore.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of one run. `check` raises InputError for values that no run could use.
+
+    Attributes:
+        model: directory of the model and its tokenizer.
+        data: a file, or a directory that is searched recursively.
+        out: directory to write; created if needed.
+        sequence_length: tokens per sequence.
+        batch_size: sequences per optimizer step.
+        steps: number of optimizer steps; None: as many as `epochs` passes over the data take.
+        epochs: passes over the data, where `steps` is None; may be fractional.
+        lr: peak learning rate.
+        warmup: below 1, the share of all steps over which the learning rate rises; from 1 on, the number of steps.
+        weight_decay: decoupled weight decay, for parameters of two or more dimensions only.
+        betas: Adam's decay rates.
+        glob: files to take from a data directory, as a pattern such as "**/*.md"; None: every file that can be read.
+        assistant_only: for chats, take the loss on the assistant's tokens only.
+        device: "auto", "cuda", "cuda:1", "hip" or "cpu" (the host backend).
+        device_memory: budget such as "20GiB", or bytes; None: what the device has.
+        compute_dtype: "auto", "bfloat16" or "float32". "auto" is bfloat16 on a card, and on the host backend the one
+            that this CPU multiplies faster.
+        window: number of slots.
+        micro_batch: sequences that a chunk computes at once, or "auto".
+        seed: of data order and dropout.
+        trace_step: the step, counted from 1, whose lanes are recorded; 0: none.
+        overwrite: allow `out` to have files in it; those of an earlier model are replaced.
+    """
+
+    model: Path
+    data: Path
+    out: Path
+    sequence_length: int = 1024
+    batch_size: int = 16
+    steps: int | None = None
+    epochs: float = 1.0
+    lr: float = 1e-5
+    warmup: float = 0.03
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    glob: str | None = None
+    assistant_only: bool = False
+    device: str = "auto"
+    device_memory: str | int | None = None
+    compute_dtype: str = "auto"
+    window: int = 2
+    micro_batch: int | str = "auto"
+    seed: int = 0
+    trace_step: int = 3
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raises InputError naming the first option whose value makes no sense."""
+        micro_batch = self.micro_batch
+        rules = [
+            (self.sequence_length >= 2, "--sequence-length", self.sequence_length, "at least 2"),
+            (self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1"),
+            (self.steps is None or self.steps >= 1, "--steps", self.steps, "at least 1"),
+            (self.epochs > 0, "--epochs", self.epochs, "above 0"),
+            (0 < self.lr < float("inf"), "--lr", self.lr, "a number above 0"),
+            (0 <= self.warmup < float("inf"), "--warmup", self.warmup, "0 or more"),
+            (0 <= self.weight_decay < float("inf"), "--weight-decay", self.weight_decay, "0 or more"),
+            (self.window >= 2, "--window", self.window, "at least 2"),
+            (self.trace_step >= 0, "--trace-step", self.trace_step, "0 (no trace) or a step"),
+            (
+                self.compute_dtype in ("auto", "bfloat16", "float32"),
+                "--compute-dtype",
+                self.compute_dtype,
+                "auto, bfloat16 or float32 (float16 has too small a range to train in)",
+            ),
+            (
+                micro_batch == "auto" or (isinstance(micro_batch, int) and micro_batch >= 1),
+                "--micro-batch",
+                micro_batch,
+                '"auto" or at least 1',
+            ),
+        ]
+        for holds, name, value, allowed in rules:
+            if not holds:
+                raise InputError(f"{name} is {value}", f"It has to be {allowed}.")
+
+    def warmup_steps(self, steps: int) -> int:
+        """Number of warm-up steps in a run of `steps` steps."""
+        return min(steps, round(self.warmup * steps) if self.warmup < 1 else round(self.warmup))
+
+    def offload_options(self) -> dict[str, Any]:
+        """What is passed on to `slidecore.offload`, apart from the compute dtype."""
+        return {
+            "device": self.device,
+            "device_memory": self.device_memory,
+            "window": self.window,
+            "micro_batch": self.micro_batch,
+        }

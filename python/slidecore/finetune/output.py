@@ -1,0 +1,105 @@
+"""The directory that a run writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slidecore.errors import InputError
+
+METRICS, LOSS_PLOT, TIMELINE_PLOT, TRACE = "metrics.jsonl", "loss.png", "timeline.png", "trace.json"
+# Shards of this size bound what writing one needs beside the planes.
+SHARD_SIZE = "4GB"
+_SAVING, _SCRATCH = ".saving-", ".data-"
+
+
+class OutputDirectory:
+    """Creates and checks the directory, and puts a saved model into it in one go.
+
+    Raises InputError where it cannot be written, or has files in it and `overwrite` is false.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            # What a killed run has left is of no use to anyone.
+            for pattern in (f"{_SAVING}*", f"{_SCRATCH}*"):
+                for leftover in path.glob(pattern):
+                    shutil.rmtree(leftover)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {path}: {error.strerror}", "Give an --out directory that you may write to."
+            ) from error
+        if any(path.iterdir()) and not overwrite:
+            raise InputError(f"{path} is not empty", "Give another --out, or --overwrite to replace what is there.")
+
+    def check_space(self, nbytes: int) -> None:
+        """Raises InputError where less than `nbytes` are free."""
+        free = shutil.disk_usage(self.path).free
+        if free < nbytes:
+            raise InputError(
+                f"saving the model takes {nbytes / 2**30:.1f} GiB, but {self.path} has {free / 2**30:.1f} GiB free",
+                "Free some space, or give an --out on another disk.",
+            )
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A temporary directory inside, removed at the end."""
+        directory = tempfile.mkdtemp(prefix=_SCRATCH, dir=self.path)
+        try:
+            yield Path(directory)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """Writes the model and its tokenizer; until all of it is on the disk, nothing that was there changes.
+
+        `config.json` goes last and an older one goes first, so that an interrupted replacement cannot be mistaken for
+        a model.
+        """
+        staging = Path(tempfile.mkdtemp(prefix=_SAVING, dir=self.path))
+        try:
+            with without_bars():
+                model.save_pretrained(staging, max_shard_size=SHARD_SIZE)
+                tokenizer.save_pretrained(staging)
+            for file in staging.iterdir():
+                _sync(file)
+            config = self.path / "config.json"
+            config.unlink(missing_ok=True)
+            for old in (*self.path.glob("*.safetensors"), *self.path.glob("*.safetensors.index.json")):
+                old.unlink()
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, self.path / file.name)
+            _sync(self.path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would fight with the run's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,187 @@
+"""What a run tells: one metrics line per step, progress on the terminal, and a closing summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+from slidecore.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# How many lines a run prints where there is no terminal to redraw on.
+_PLAIN_LINES = 40
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        step: counted from 1.
+        loss: in nats per token, before this step's update.
+        lr: learning rate of this step.
+        tokens_per_second: tokens of the batch per second of this step.
+        device_memory: bytes of device memory in use at the end of the step.
+        host_memory: bytes of host memory in planes and buffers.
+        seconds: duration of the step.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    tokens_per_second: float
+    device_memory: int
+    host_memory: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended. Losses are means over the first and last steps (up to ten); memory is in bytes."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    tokens_per_second: float
+    seconds: float
+    parameters: int
+    planes_bytes: int
+    device_memory_peak: int
+    ordinary_training_bytes: int
+    out: Path
+
+
+class MetricsFile:
+    """Writes metrics.jsonl line by line, so that it can be followed, and is whole up to wherever a run stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[str] = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Appends one step."""
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+
+
+class Progress:
+    """Shows stages and steps: a bar on a terminal, plain lines elsewhere.
+
+    Args:
+        console: a rich console; None: standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        try:
+            from rich.console import Console
+        except ImportError as error:
+            raise MissingDependencyError("rich is not installed", "Run: pip install 'slidecore[finetune]'") from error
+        self.console = console or Console(highlight=False)
+
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """A part of the work that shows nothing but that it goes on."""
+        if self.console.is_terminal:
+            with self.console.status(text):
+                yield
+        else:
+            self.console.print(f"{text} ...", markup=False)
+            yield
+
+    def say(self, text: str) -> None:
+        """One line, kept on the screen."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def steps(self, total: int) -> Iterator[Any]:
+        """Gives a function that takes the StepMetrics of each of `total` steps."""
+        if not self.console.is_terminal:
+            yield _PlainSteps(self, total)
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = [
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+        ]
+        with Bar(*columns, console=self.console) as bar:
+            task = bar.add_task("steps", total=total, figures="")
+            yield lambda metrics: bar.update(task, completed=metrics.step, figures=_figures(metrics))
+
+
+class _PlainSteps:
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._every = max(1, total // _PLAIN_LINES)
+        self._began = time.monotonic()
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        if metrics.step % self._every and metrics.step not in (1, self._total):
+            return
+        left = (time.monotonic() - self._began) / metrics.step * (self._total - metrics.step)
+        self._progress.say(f"step {metrics.step}/{self._total}  {_figures(metrics)}  left {format_seconds(left)}")
+
+
+def summary_lines(summary: Summary) -> list[str]:
+    """The closing words: loss, speed, memory against what ordinary training would hold, and where the files are."""
+    ordinary = summary.ordinary_training_bytes
+    share = summary.device_memory_peak / ordinary if ordinary else 0.0
+    return [
+        f"{summary.steps} steps in {format_seconds(summary.seconds)}",
+        f"loss           {summary.first_loss:.3f} -> {summary.last_loss:.3f} nats per token",
+        f"speed          {summary.tokens_per_second:,.0f} tokens/s",
+        f"device memory  {format_bytes(summary.device_memory_peak)} at most; ordinary training would hold "
+        f"{format_bytes(ordinary)} for the same {summary.parameters:,} parameters ({share:.0%} of it)",
+        f"model          {summary.out} (loads with AutoModelForCausalLM.from_pretrained)",
+        f"figures        {', '.join(_written(summary.out))}",
+    ]
+
+
+def format_bytes(count: float) -> str:
+    """Such as "3.2 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Such as "1:02:03" or "2:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _figures(metrics: StepMetrics) -> str:
+    return (
+        f"loss {metrics.loss:.3f}  {metrics.tokens_per_second:,.0f} tokens/s  "
+        f"device {format_bytes(metrics.device_memory)}  host {format_bytes(metrics.host_memory)}"
+    )
+
+
+def _written(out: Path) -> list[str]:
+    from slidecore.finetune import output
+
+    names = (output.METRICS, output.LOSS_PLOT, output.TIMELINE_PLOT, output.TRACE)
+    return [name for name in names if (out / name).exists()]

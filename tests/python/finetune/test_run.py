@@ -1,0 +1,249 @@
+"""The whole run against a plain PyTorch loop, and what it leaves behind when it stops on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slidecore
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from slidecore.errors import InputError, InterruptedRunError, TrainingError
+from slidecore.finetune import loop, output
+from slidecore.finetune.data import find_files, pack
+from slidecore.finetune.options import Options
+from slidecore.finetune.plots import plot_loss, plot_timeline
+from slidecore.finetune.report import Progress
+
+
+@pytest.fixture
+def options(model_dir: Path, text_file: Path, tmp_path: Path) -> Options:
+    return Options(
+        model=model_dir,
+        data=text_file,
+        out=tmp_path / "out",
+        sequence_length=17,
+        batch_size=3,
+        steps=3,
+        lr=1e-2,
+        warmup=1,
+        weight_decay=0.1,
+        device="cpu",
+        compute_dtype="float32",
+        seed=4,
+        trace_step=2,
+    )
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / output.METRICS).read_text().splitlines()]
+
+
+def _plain(options: Options, steps: int, tmp_path: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of the same run in plain PyTorch."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).train()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    (tmp_path / "plain").mkdir()
+    data = pack(
+        find_files(options.data), tokenizer, sequence_length=options.sequence_length, cache_dir=tmp_path / "plain"
+    )
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=options.lr,
+    )
+    losses = []
+    for step in range(steps):
+        share = 0.5 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / (steps - 1)))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * share
+        loss = model(**data.batch(step, options.batch_size, options.seed)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+def test_a_run_trains_as_plain_pytorch_and_writes_a_model(options: Options, tmp_path: Path) -> None:
+    summary = loop.run(options)
+    losses, weights = _plain(options, 3, tmp_path)
+
+    metrics = _lines(options.out)
+    assert [entry["step"] for entry in metrics] == [1, 2, 3]
+    assert [entry["loss"] for entry in metrics] == pytest.approx(losses, abs=1e-4)
+    assert [entry["lr"] for entry in metrics] == pytest.approx([0.5e-2, 1e-2, 0.5e-2])
+    for entry in metrics:
+        assert entry["tokens_per_second"] == pytest.approx(3 * 17 / entry["seconds"])
+        assert entry["device_memory"] > 0
+        assert entry["host_memory"] > 0
+
+    trained = transformers.AutoModelForCausalLM.from_pretrained(options.out)
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert transformers.AutoTokenizer.from_pretrained(options.out)("ab")["input_ids"] == [97, 98]
+
+    assert summary.first_loss == pytest.approx(losses[0], abs=1e-4)
+    assert summary.last_loss == pytest.approx(sum(losses) / 3, abs=1e-4)
+    assert summary.parameters == sum(p.numel() for p in trained.parameters())
+    assert summary.ordinary_training_bytes > 0
+    for name in (output.LOSS_PLOT, output.TIMELINE_PLOT):
+        assert (options.out / name).read_bytes().startswith(b"\x89PNG")
+    json.loads((options.out / output.TRACE).read_text())
+    assert not [path for path in options.out.iterdir() if path.name.startswith(".")]
+
+
+def test_bfloat16_keeps_the_dtype_in_what_is_written(options: Options) -> None:
+    loop.run(dataclasses.replace(options, compute_dtype="bfloat16", trace_step=0))
+    assert {tensor.dtype for tensor in load_file(options.out / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((options.out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert not (options.out / output.TRACE).exists()
+
+
+def test_epochs_set_the_number_of_steps(options: Options) -> None:
+    tokens = len(options.data.read_bytes()) + 1
+    per_epoch = tokens // 17 // 3
+    loop.run(dataclasses.replace(options, steps=None, epochs=0.1, trace_step=0))
+    assert len(_lines(options.out)) == round(0.1 * per_epoch)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(options: Options) -> None:
+    weights = load_file(options.model / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, options.model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="nan at step 1"):
+        loop.run(options)
+    assert not (options.out / "config.json").exists()
+
+
+def test_an_interrupt_says_what_is_lost_and_leaves_no_half_model(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = loop.Training.step
+
+    def interrupted(self: Any, number: int, out: Path) -> Any:
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number, out)
+
+    monkeypatch.setattr(loop.Training, "step", interrupted)
+    with pytest.raises(InterruptedRunError, match="the updates of 2 steps are lost") as error:
+        loop.run(options)
+    assert error.value.exit_code == 130
+    assert len(_lines(options.out)) == 2
+    assert not (options.out / "config.json").exists()
+    assert not [path for path in options.out.iterdir() if path.name.startswith(".")]
+
+
+def test_a_save_that_fails_leaves_the_earlier_model(
+    options: Options, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model)
+    out = output.OutputDirectory(tmp_path / "out")
+    out.save_model(model, tokenizer)
+    before = {path.name: path.read_bytes() for path in out.path.iterdir()}
+
+    def fail(directory: Path, **_: Any) -> None:
+        (directory / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        out.save_model(model, tokenizer)
+    assert {path.name: path.read_bytes() for path in out.path.iterdir()} == before
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_model(
+    options: Options, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model)
+    monkeypatch.setattr(output, "SHARD_SIZE", "10KB")
+    output.OutputDirectory(tmp_path / "out").save_model(model, tokenizer)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    (tmp_path / "out" / ".saving-abc").mkdir()  # of a killed run
+    monkeypatch.setattr(output, "SHARD_SIZE", "1GB")
+    output.OutputDirectory(tmp_path / "out", overwrite=True).save_model(model, tokenizer)
+    assert [path.name for path in (tmp_path / "out").glob("*model*")] == ["model.safetensors"]
+    assert not (tmp_path / "out" / ".saving-abc").exists()
+
+
+def test_too_little_space_is_found_before_training(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="GiB free"):
+        loop.run(options)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "expected"),
+    [
+        (4, 0, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+        (4, 2, [1 / 3, 2 / 3, 1, 0.5]),
+        (2, 2, [1 / 3, 2 / 3]),
+        (1, 0, [1]),
+    ],
+)
+def test_the_schedule_warms_up_and_falls_as_a_cosine(steps: int, warmup: int, expected: list[float]) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = loop.cosine_schedule(optimizer, warmup, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([2 * rate for rate in expected])
+
+
+def test_warmup_is_a_share_or_a_number() -> None:
+    base = {"model": Path(), "data": Path(), "out": Path()}
+    assert Options(**base, warmup=0.1).warmup_steps(50) == 5
+    assert Options(**base, warmup=7).warmup_steps(50) == 7
+    assert Options(**base, warmup=100).warmup_steps(50) == 50
+
+
+def test_weight_decay_leaves_norms_and_biases_out() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
+    model[2].weight.requires_grad_(False)
+    decayed, others = loop.parameter_groups(model, 0.3)
+    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert len(others["params"]) == 3
+
+
+def test_auto_computes_in_a_dtype_that_this_machine_is_fast_in() -> None:
+    assert loop.choose_compute_dtype("float32", "cuda") == torch.float32
+    assert loop.choose_compute_dtype("auto", "cuda:1") == torch.bfloat16
+    assert loop.choose_compute_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+
+
+def test_pictures_of_little_or_nothing_are_still_pictures(tmp_path: Path) -> None:
+    plot_loss(tmp_path / "one.png", [1.0])
+    plot_timeline(tmp_path / "none.png", [])
+    plot_timeline(tmp_path / "new.png", [("new lane", "new kind", -1, 5, 5, 0)])
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_a_terminal_gets_a_bar_with_the_figures(options: Options) -> None:
+    import io
+
+    from rich.console import Console
+
+    text = io.StringIO()
+    loop.run(
+        dataclasses.replace(options, trace_step=0),
+        Progress(Console(file=text, force_terminal=True, width=160)),
+    )
+    assert "3/3" in text.getvalue()
+    assert "tokens/s" in text.getvalue()
+
+
+def test_the_device_holds_less_than_the_planes(options: Options) -> None:
+    summary = loop.run(dataclasses.replace(options, batch_size=1, micro_batch=1, trace_step=0))
+    assert summary.device_memory_peak < summary.ordinary_training_bytes
+    assert slidecore is not None
