@@ -25,7 +25,7 @@ def attach(model: nn.Module, engine: Engine) -> None:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.gradient_checkpointing_disable()  # type: ignore[operator]
     parameters = inspect.signature(type(model).forward).parameters
     handles = []
