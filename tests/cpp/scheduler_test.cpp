@@ -2,6 +2,7 @@
 
 #include "slidecore/scheduler.h"
 
+#include <map>
 #include <set>
 
 #include "scheduler_support.h"
@@ -153,6 +154,66 @@ TEST(SchedulerResults, InvalidateMakesTheNextVisitUploadAgain) {
   expect_error(Code::invalid_argument, {"no chunk 3"}, [&] { rig.scheduler->invalidate(3); });
 }
 
+// The fewest uploads that serve `visits` with `slots` slots, which a visit's chunk must be in; an update makes the
+// chunk's copy stale. Exhaustive: over every set of chunks that could be there after each visit.
+std::size_t fewest_uploads(const std::vector<Visit>& visits, std::size_t slots) {
+  std::map<std::set<std::uint32_t>, std::size_t> cost{{{}, 0}};
+  for (const Visit& visit : visits) {
+    std::map<std::set<std::uint32_t>, std::size_t> next;
+    const auto reach = [&](std::set<std::uint32_t> held, std::size_t uploads) {
+      if (visit.updates) held.erase(visit.chunk);
+      const auto [at, fresh] = next.emplace(std::move(held), uploads);
+      if (!fresh) at->second = std::min(at->second, uploads);
+    };
+    for (const auto& [held, uploads] : cost) {
+      if (held.count(visit.chunk) != 0) {
+        reach(held, uploads);
+        continue;
+      }
+      std::set<std::uint32_t> with = held;
+      with.insert(visit.chunk);
+      if (with.size() <= slots) {
+        reach(with, uploads + 1);
+        continue;
+      }
+      for (const std::uint32_t victim : held) {
+        std::set<std::uint32_t> without = with;
+        without.erase(victim);
+        reach(without, uploads + 1);
+      }
+    }
+    cost = std::move(next);
+  }
+  std::size_t fewest = static_cast<std::size_t>(-1);
+  for (const auto& [held, uploads] : cost) fewest = std::min(fewest, uploads);
+  return fewest;
+}
+
+// A chunk still in its slot at the turn is not uploaded again, and no order of evictions would do with less.
+TEST(SchedulerSchedule, TrainingUploadsAreTheFewestPossible) {
+  constexpr std::size_t steps = 3;
+  for (const std::size_t chunks : {1, 2, 3, 5, 6}) {
+    for (std::size_t slots = 1; slots <= 4; ++slots) {
+      SCOPED_TRACE(std::to_string(chunks) + " chunks, " + std::to_string(slots) + " slots");
+      const std::size_t kept = std::min(chunks, slots);
+      std::vector<Visit> visits;
+      for (std::size_t step = 0; step < steps; ++step) {
+        for (const Visit& visit : training_schedule(chunks)) visits.push_back(visit);
+      }
+      ASSERT_EQ(fewest_uploads(visits, slots), steps * (2 * chunks - kept));
+      Rig rig(host_device(), equal_chunks(chunks, 777), {slots}, 4);
+      rig.scheduler->set_schedule(training_schedule(chunks));
+      for (std::size_t step = 1; step <= steps; ++step) {
+        rig.step();
+        // What the next step starts with is on its way already.
+        EXPECT_EQ(rig.uploads(), step * (2 * chunks - kept) + kept);
+      }
+      EXPECT_EQ(rig.scheduler->counters().upload_bytes, rig.uploads() * 777);
+      EXPECT_EQ(rig.scheduler->counters().unscheduled_visits, 0u);
+    }
+  }
+}
+
 // After each call the window holds the visit's chunk and those that come next, and nothing is uploaded that was there.
 TEST(SchedulerSchedule, TheWindowHoldsWhatComesNext) {
   for (int round = 0; round < 10; ++round) {
@@ -237,6 +298,28 @@ TEST(SchedulerSchedule, ANewScheduleStartsAtItsFirstVisit) {
   rig.check_planes();
   expect_error(Code::invalid_argument, {"no chunk 6"}, [&] { rig.scheduler->set_schedule({{6, Phase::forward}}); });
   rig.step();
+  rig.check_planes();
+}
+
+// An embedding: its backward reads no weights, so no visit stands for it, only its gradient comes.
+TEST(SchedulerSchedule, AGradientWithoutAVisitMovesTheSchedule) {
+  constexpr std::size_t chunks = 4;
+  Rig rig(host_device(), equal_chunks(chunks, 444), {2}, 7);
+  std::vector<Visit> schedule = training_schedule(chunks);
+  schedule.back().weights = false;
+  rig.scheduler->set_schedule(schedule);
+  for (int step = 1; step <= 3; ++step) {
+    for (std::uint32_t c = 0; c < chunks; ++c) rig.visit(c, Phase::forward);
+    for (std::uint32_t c = chunks; c-- > 1;) {
+      rig.visit(c, Phase::backward);
+      rig.submit(c);
+    }
+    rig.submit(0);
+    // F0 F1 F2 F3 and B1 in each step, and the next one's first two.
+    EXPECT_EQ(rig.uploads(), 5u * static_cast<unsigned>(step) + 2);
+  }
+  EXPECT_EQ(rig.scheduler->counters().hits, rig.scheduler->counters().visits);
+  EXPECT_EQ(rig.scheduler->counters().unscheduled_visits, 0u);
   rig.check_planes();
 }
 
