@@ -64,6 +64,13 @@ def build_empty(shape: Shape) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def use_kernels(model: nn.Module, kernels: str, device: torch.device) -> None:
+    """Gives a peer's layers the kernels that slidecore's get: "liger", "torch", or "auto" (Liger if installed)."""
+    from slidecore.integrations import liger
+
+    liger.apply(model, kernels, on_card=device.type == "cuda")  # type: ignore[arg-type]
+
+
 def parameter_count(model: nn.Module) -> int:
     """Parameters of the model; shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -136,8 +136,10 @@ class Resident(System):
         recompute = bool(options.pop("recompute", True))
         tile = int(options.pop("tile", 4096))
         lr, weight_decay = float(options.pop("lr")), float(options.pop("weight_decay"))
+        kernels = str(options.pop("kernels", "torch"))
         refuse(options)
         causal = _model.build_empty(shape)
+        _model.use_kernels(causal, kernels, device)
         self.parameters = _model.parameter_count(causal)
         self._model = PeerModel(causal, tile)
         self._weights: list[torch.Tensor] = []
@@ -153,7 +155,12 @@ class Resident(System):
         if recompute:
             self._model.recompute_blocks()
         self._optimizer = torch.optim.AdamW(self._masters, lr=lr, weight_decay=weight_decay, fused=True)
-        self.notes = {"micro_batch": self._micro_batch, "recompute": recompute, "loss_tile_tokens": tile}
+        self.notes = {
+            "micro_batch": self._micro_batch,
+            "recompute": recompute,
+            "kernels": kernels,
+            "loss_tile_tokens": tile,
+        }
 
     @staticmethod
     def _accumulate(master: nn.Parameter) -> Any:
@@ -201,6 +208,7 @@ class Fsdp2Offload(System):
         tile = int(options.pop("tile", 4096))
         reduce = str(options.pop("reduce_dtype", "bfloat16"))
         lr, weight_decay = float(options.pop("lr")), float(options.pop("weight_decay"))
+        kernels = str(options.pop("kernels", "torch"))
         refuse(options)
         threads = len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)
@@ -218,6 +226,7 @@ class Fsdp2Offload(System):
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned),
         }
         causal = _model.build_empty(shape)
+        _model.use_kernels(causal, kernels, device)
         self.parameters = _model.parameter_count(causal)
         model = PeerModel(causal, tile)
         names = {parameter: name for name, parameter in causal.named_parameters()}

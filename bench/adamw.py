@@ -61,8 +61,10 @@ class CorePlanes:
         self._sizes = {"weight": 2, "residual": 2, "exp_avg": 4, "exp_avg_sq": 4, "gradient": 2}
         self._buffers = {name: _core.HostBuffer(host, size * n, False) for name, size in self._sizes.items()}
         generator = torch.Generator().manual_seed(0)
-        self.tensor("weight").normal_(0, 0.02, generator=generator)
-        self.tensor("residual").random_(-32768, 32768, generator=generator)
+        master = torch.empty(n).normal_(0, 0.02, generator=generator)
+        pool = _core.ThreadPool()
+        _core.split(pool, master.data_ptr(), self.address("weight"), self.address("residual"), n)
+        del master
         self.tensor("exp_avg").normal_(0, 1e-3, generator=generator)
         self.tensor("exp_avg_sq").uniform_(1e-7, 1e-6, generator=generator)
         self.tensor("gradient").normal_(0, 1e-3, generator=generator)

@@ -68,6 +68,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     work.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
     work.add_argument("--seed", type=int, default=0)
     work.add_argument("--lr", type=float, default=1e-4)
+    work.add_argument(
+        "--kernels", default="auto", choices=("auto", "liger", "torch"), help="of the layers, the same for every system"
+    )
     work.add_argument("--weight-decay", type=float, default=0.1)
     run = parser.add_argument_group("systems")
     run.add_argument("--systems", default=",".join(SYSTEMS), help="which, in this order (default: %(default)s)")
@@ -106,7 +109,11 @@ def _device(wanted: str) -> str:
 
 
 def _system_options(arguments: argparse.Namespace, system: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"lr": arguments.lr, "weight_decay": arguments.weight_decay}
+    options: dict[str, Any] = {
+        "lr": arguments.lr,
+        "weight_decay": arguments.weight_decay,
+        "kernels": arguments.kernels,
+    }
     if system == "resident":
         options.update(arguments.resident_options)
     elif system == "fsdp2-offload":
@@ -267,6 +274,7 @@ def main() -> int:
         "seed": arguments.seed,
         "lr": arguments.lr,
         "weight_decay": arguments.weight_decay,
+        "kernels": arguments.kernels,
         "device": device,
         "systems": {},
         "compared": {},

@@ -18,7 +18,9 @@ template <class T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
-inline std::uintptr_t address(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
+inline std::uintptr_t address(const void* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer);
+}
 
 // Throws Error(invalid_argument) unless exactly one form of the weights is given, and both moments.
 AdamWPlanes make_planes(std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t weight32, std::uintptr_t exp_avg,

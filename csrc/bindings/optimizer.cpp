@@ -46,26 +46,29 @@ void bind_optimizer(py::module_& m) {
   m.def("instruction_set", [] { return std::string(instruction_set()); });
   m.def("available_instruction_sets", &available_instruction_sets);
   m.def("force_instruction_set", &force_instruction_set, py::arg("name"));
-  m.def("split",
-        [](ThreadPool& pool, std::uintptr_t master, std::uintptr_t weight, std::uintptr_t residual, std::size_t n) {
-          split(pool, pointer<const float>(master), pointer<std::uint16_t>(weight), pointer<std::int16_t>(residual), n);
-        },
-        py::arg("pool"), py::arg("master"), py::arg("weight"), py::arg("residual"), py::arg("n"), ReleaseGil());
-  m.def("merge",
-        [](ThreadPool& pool, std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t master, std::size_t n) {
-          merge(pool, pointer<const std::uint16_t>(weight), pointer<const std::int16_t>(residual),
-                pointer<float>(master), n);
-        },
-        py::arg("pool"), py::arg("weight"), py::arg("residual"), py::arg("master"), py::arg("n"), ReleaseGil());
-  m.def("parallel_copy",
-        [](ThreadPool& pool, std::uintptr_t to, std::uintptr_t source, std::size_t bytes) {
-          parallel_copy(pool, pointer<void>(to), pointer<const void>(source), bytes);
-        },
-        py::arg("pool"), py::arg("to"), py::arg("source"), py::arg("nbytes"), ReleaseGil());
+  m.def(
+      "split",
+      [](ThreadPool& pool, std::uintptr_t master, std::uintptr_t weight, std::uintptr_t residual, std::size_t n) {
+        split(pool, pointer<const float>(master), pointer<std::uint16_t>(weight), pointer<std::int16_t>(residual), n);
+      },
+      py::arg("pool"), py::arg("master"), py::arg("weight"), py::arg("residual"), py::arg("n"), ReleaseGil());
+  m.def(
+      "merge",
+      [](ThreadPool& pool, std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t master, std::size_t n) {
+        merge(pool, pointer<const std::uint16_t>(weight), pointer<const std::int16_t>(residual), pointer<float>(master),
+              n);
+      },
+      py::arg("pool"), py::arg("weight"), py::arg("residual"), py::arg("master"), py::arg("n"), ReleaseGil());
+  m.def(
+      "parallel_copy",
+      [](ThreadPool& pool, std::uintptr_t to, std::uintptr_t source, std::size_t bytes) {
+        parallel_copy(pool, pointer<void>(to), pointer<const void>(source), bytes);
+      },
+      py::arg("pool"), py::arg("to"), py::arg("source"), py::arg("nbytes"), ReleaseGil());
   py::class_<AdamWHyper>(m, "AdamWHyper")
-      .def(py::init(&make_hyper), py::kw_only(), py::arg("lr") = 1e-3, py::arg("beta1") = 0.9,
-           py::arg("beta2") = 0.999, py::arg("eps") = 1e-8, py::arg("weight_decay") = 1e-2, py::arg("step") = 1,
-           py::arg("maximize") = false, py::arg("gradient_scale") = 1.f)
+      .def(py::init(&make_hyper), py::kw_only(), py::arg("lr") = 1e-3, py::arg("beta1") = 0.9, py::arg("beta2") = 0.999,
+           py::arg("eps") = 1e-8, py::arg("weight_decay") = 1e-2, py::arg("step") = 1, py::arg("maximize") = false,
+           py::arg("gradient_scale") = 1.f)
       .def_readwrite("lr", &AdamWHyper::lr)
       .def_readwrite("beta1", &AdamWHyper::beta1)
       .def_readwrite("beta2", &AdamWHyper::beta2)
@@ -74,16 +77,17 @@ void bind_optimizer(py::module_& m) {
       .def_readwrite("step", &AdamWHyper::step)
       .def_readwrite("maximize", &AdamWHyper::maximize)
       .def_readwrite("gradient_scale", &AdamWHyper::gradient_scale);
-  m.def("adamw",
-        [](ThreadPool& pool, const AdamWHyper& hyper, std::size_t n, std::uintptr_t gradient, bool gradient_float32,
-           std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq, std::uintptr_t weight, std::uintptr_t residual,
-           std::uintptr_t weight32) {
-          adamw(pool, hyper, make_planes(weight, residual, weight32, exp_avg, exp_avg_sq), pointer<const void>(gradient),
-                gradient_float32 ? GradientType::float32 : GradientType::bfloat16, n);
-        },
-        py::arg("pool"), py::arg("hyper"), py::kw_only(), py::arg("n"), py::arg("gradient"),
-        py::arg("gradient_float32"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("weight") = 0,
-        py::arg("residual") = 0, py::arg("weight32") = 0, ReleaseGil());
+  m.def(
+      "adamw",
+      [](ThreadPool& pool, const AdamWHyper& hyper, std::size_t n, std::uintptr_t gradient, bool gradient_float32,
+         std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq, std::uintptr_t weight, std::uintptr_t residual,
+         std::uintptr_t weight32) {
+        adamw(pool, hyper, make_planes(weight, residual, weight32, exp_avg, exp_avg_sq), pointer<const void>(gradient),
+              gradient_float32 ? GradientType::float32 : GradientType::bfloat16, n);
+      },
+      py::arg("pool"), py::arg("hyper"), py::kw_only(), py::arg("n"), py::arg("gradient"), py::arg("gradient_float32"),
+      py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("weight") = 0, py::arg("residual") = 0,
+      py::arg("weight32") = 0, ReleaseGil());
 }
 
 }  // namespace slidecore::bindings

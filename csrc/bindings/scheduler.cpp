@@ -55,7 +55,8 @@ std::unique_ptr<Handle> make_scheduler(std::shared_ptr<Device> device, const std
 }
 
 Phase phase_of(int phase) {
-  if (phase != 0 && phase != 1) throw Error(Code::invalid_argument, "phase must be Scheduler.FORWARD or Scheduler.BACKWARD");
+  if (phase != 0 && phase != 1)
+    throw Error(Code::invalid_argument, "phase must be Scheduler.FORWARD or Scheduler.BACKWARD");
   return phase == 0 ? Phase::forward : Phase::backward;
 }
 
@@ -83,23 +84,25 @@ void bind_sink(py::module_& m) {
   using Segment = std::tuple<std::size_t, std::size_t, AdamWHyper>;
   py::class_<AdamWSink, std::shared_ptr<AdamWSink>>(m, "AdamWSink")
       .def(py::init<std::shared_ptr<ThreadPool>>(), py::arg("pool"))
-      .def("add_chunk",
-           [](AdamWSink& sink, std::size_t n, bool gradient_float32, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
-              std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t weight32) {
-             // A chunk whose parameters are all frozen keeps its index but has nothing to update.
-             const AdamWPlanes planes =
-                 n == 0 ? AdamWPlanes{} : make_planes(weight, residual, weight32, exp_avg, exp_avg_sq);
-             return sink.add_chunk(planes, n, gradient_float32 ? GradientType::float32 : GradientType::bfloat16);
-           },
-           py::kw_only(), py::arg("n"), py::arg("gradient_float32"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
-           py::arg("weight") = 0, py::arg("residual") = 0, py::arg("weight32") = 0)
-      .def("prepare",
-           [](AdamWSink& sink, std::uint32_t chunk, const std::vector<Segment>& segments) {
-             std::vector<AdamWSink::Segment> table;
-             for (const auto& [offset, length, hyper] : segments) table.push_back({offset, length, hyper});
-             sink.prepare(chunk, std::move(table));
-           },
-           py::arg("chunk"), py::arg("segments"));
+      .def(
+          "add_chunk",
+          [](AdamWSink& sink, std::size_t n, bool gradient_float32, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
+             std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t weight32) {
+            // A chunk whose parameters are all frozen keeps its index but has nothing to update.
+            const AdamWPlanes planes =
+                n == 0 ? AdamWPlanes{} : make_planes(weight, residual, weight32, exp_avg, exp_avg_sq);
+            return sink.add_chunk(planes, n, gradient_float32 ? GradientType::float32 : GradientType::bfloat16);
+          },
+          py::kw_only(), py::arg("n"), py::arg("gradient_float32"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+          py::arg("weight") = 0, py::arg("residual") = 0, py::arg("weight32") = 0)
+      .def(
+          "prepare",
+          [](AdamWSink& sink, std::uint32_t chunk, const std::vector<Segment>& segments) {
+            std::vector<AdamWSink::Segment> table;
+            for (const auto& [offset, length, hyper] : segments) table.push_back({offset, length, hyper});
+            sink.prepare(chunk, std::move(table));
+          },
+          py::arg("chunk"), py::arg("segments"));
 }
 
 }  // namespace
@@ -114,55 +117,69 @@ void bind_scheduler(py::module_& m) {
       .def(py::init(&make_scheduler), py::arg("device"), py::arg("chunks"), py::arg("windows"), py::arg("sink"),
            py::arg("piece_bytes") = defaults.piece_bytes, py::arg("ring_pieces") = defaults.ring_pieces,
            py::arg("trace_spans") = defaults.trace_spans)
-      .def("set_schedule",
-           [](const Handle& s, const std::vector<VisitTuple>& visits) {
-             std::vector<Visit> schedule;
-             for (const auto& [chunk, phase, weights, updates] : visits) {
-               schedule.push_back({chunk, phase_of(phase), weights, updates});
-             }
-             s.get().set_schedule(std::move(schedule));
-           },
-           py::arg("visits"))
-      .def("acquire",
-           [](const Handle& s, std::uint32_t chunk, int phase, StreamHandle stream) {
-             return address(s.get().acquire(chunk, phase_of(phase), stream));
-           },
-           py::arg("chunk"), py::arg("phase"), py::arg("stream"), ReleaseGil())
-      .def("release",
-           [](const Handle& s, std::uint32_t chunk, int phase, StreamHandle stream) {
-             s.get().release(chunk, phase_of(phase), stream);
-           },
-           py::arg("chunk"), py::arg("phase"), py::arg("stream"), ReleaseGil())
-      .def("submit_gradient",
-           [](const Handle& s, std::uint32_t chunk, std::uintptr_t gradient, std::size_t bytes, StreamHandle stream) {
-             return s.get().submit_gradient(chunk, pointer<const void>(gradient), bytes, stream);
-           },
-           py::arg("chunk"), py::arg("gradient"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
-      .def("save_input",
-           [](const Handle& s, std::int32_t chunk, std::uintptr_t host, std::uintptr_t device, std::size_t bytes,
-              StreamHandle stream) {
-             return s.get().save_input(chunk, pointer<void>(host), pointer<const void>(device), bytes, stream);
-           },
-           py::arg("chunk"), py::arg("host"), py::arg("device"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
-      .def("fetch_input",
-           [](const Handle& s, std::int32_t chunk, std::uintptr_t device, std::uintptr_t host, std::size_t bytes,
-              StreamHandle stream, Ticket after) {
-             return s.get().fetch_input(chunk, pointer<void>(device), pointer<const void>(host), bytes, stream, after);
-           },
-           py::arg("chunk"), py::arg("device"), py::arg("host"), py::arg("nbytes"), py::arg("stream"),
-           py::arg("after") = 0, ReleaseGil())
-      .def("done", [](const Handle& s, Ticket t) { return s.get().done(t); }, py::arg("ticket"), ReleaseGil())
-      .def("wait", [](const Handle& s, Ticket t, StreamHandle stream) { s.get().wait(t, stream); }, py::arg("ticket"),
-           py::arg("stream"), ReleaseGil())
-      .def("synchronize_ticket", [](const Handle& s, Ticket t) { s.get().synchronize_ticket(t); }, py::arg("ticket"),
-           ReleaseGil())
-      .def("invalidate", [](const Handle& s, std::uint32_t chunk) { s.get().invalidate(chunk); }, py::arg("chunk"))
-      .def("wait_updates", [](const Handle& s) { s.get().wait_updates(); }, ReleaseGil())
-      .def("synchronize", [](const Handle& s) { s.get().synchronize(); }, ReleaseGil())
+      .def(
+          "set_schedule",
+          [](const Handle& s, const std::vector<VisitTuple>& visits) {
+            std::vector<Visit> schedule;
+            for (const auto& [chunk, phase, weights, updates] : visits) {
+              schedule.push_back({chunk, phase_of(phase), weights, updates});
+            }
+            s.get().set_schedule(std::move(schedule));
+          },
+          py::arg("visits"))
+      .def(
+          "acquire",
+          [](const Handle& s, std::uint32_t chunk, int phase, StreamHandle stream) {
+            return address(s.get().acquire(chunk, phase_of(phase), stream));
+          },
+          py::arg("chunk"), py::arg("phase"), py::arg("stream"), ReleaseGil())
+      .def(
+          "release",
+          [](const Handle& s, std::uint32_t chunk, int phase, StreamHandle stream) {
+            s.get().release(chunk, phase_of(phase), stream);
+          },
+          py::arg("chunk"), py::arg("phase"), py::arg("stream"), ReleaseGil())
+      .def(
+          "submit_gradient",
+          [](const Handle& s, std::uint32_t chunk, std::uintptr_t gradient, std::size_t bytes, StreamHandle stream) {
+            return s.get().submit_gradient(chunk, pointer<const void>(gradient), bytes, stream);
+          },
+          py::arg("chunk"), py::arg("gradient"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def(
+          "save_input",
+          [](const Handle& s, std::int32_t chunk, std::uintptr_t host, std::uintptr_t device, std::size_t bytes,
+             StreamHandle stream) {
+            return s.get().save_input(chunk, pointer<void>(host), pointer<const void>(device), bytes, stream);
+          },
+          py::arg("chunk"), py::arg("host"), py::arg("device"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def(
+          "fetch_input",
+          [](const Handle& s, std::int32_t chunk, std::uintptr_t device, std::uintptr_t host, std::size_t bytes,
+             StreamHandle stream, Ticket after) {
+            return s.get().fetch_input(chunk, pointer<void>(device), pointer<const void>(host), bytes, stream, after);
+          },
+          py::arg("chunk"), py::arg("device"), py::arg("host"), py::arg("nbytes"), py::arg("stream"),
+          py::arg("after") = 0, ReleaseGil())
+      .def(
+          "done", [](const Handle& s, Ticket t) { return s.get().done(t); }, py::arg("ticket"), ReleaseGil())
+      .def(
+          "wait", [](const Handle& s, Ticket t, StreamHandle stream) { s.get().wait(t, stream); }, py::arg("ticket"),
+          py::arg("stream"), ReleaseGil())
+      .def(
+          "synchronize_ticket", [](const Handle& s, Ticket t) { s.get().synchronize_ticket(t); }, py::arg("ticket"),
+          ReleaseGil())
+      .def(
+          "invalidate", [](const Handle& s, std::uint32_t chunk) { s.get().invalidate(chunk); }, py::arg("chunk"))
+      .def(
+          "wait_updates", [](const Handle& s) { s.get().wait_updates(); }, ReleaseGil())
+      .def(
+          "synchronize", [](const Handle& s) { s.get().synchronize(); }, ReleaseGil())
       .def("check", [](const Handle& s) { s.get().check(); })
       .def("close", &Handle::close, ReleaseGil())
-      .def("start_trace", [](const Handle& s) { s.get().start_trace(); }, ReleaseGil())
-      .def("stop_trace", [](const Handle& s) { s.get().stop_trace(); }, ReleaseGil())
+      .def(
+          "start_trace", [](const Handle& s) { s.get().start_trace(); }, ReleaseGil())
+      .def(
+          "stop_trace", [](const Handle& s) { s.get().stop_trace(); }, ReleaseGil())
       .def("chrome_trace", [](const Handle& s) { return s.get().chrome_trace(); })
       .def("trace_spans",
            [](const Handle& s) {

@@ -99,17 +99,22 @@ void Scheduler::Impl::prefetch() {
   }
   std::vector<bool> due(chunks.size());
   for (std::size_t c = 0; c < chunks.size(); ++c) due[c] = chunks[c].update_due;
+  std::vector<bool> reserved(chunks.size(), false);
   for (std::size_t k = 0; k < n; ++k) {
     const Visit& visit = schedule[(position + k) % n];
     Chunk& chunk = chunks[visit.chunk];
     const std::uint32_t w = chunk.spec.window;
-    // Weights that are about to change are not worth an upload.
-    if (visit.weights && !(due[visit.chunk] && visit.phase == Phase::forward) && open[w] > 0) {
+    if (visit.weights && open[w] > 0) {
       if (chunk.slot >= 0) {
         if (!keep[w][chunk.slot] && windows[w].slots[chunk.slot].pins == 0) {
           keep[w][chunk.slot] = true;
           --open[w];
         }
+      } else if (due[visit.chunk] && visit.phase == Phase::forward) {
+        // Weights that are about to change are not worth an upload, but a slot is kept for them: given to a chunk
+        // that is needed later, it would be taken away again before that.
+        if (!reserved[visit.chunk]) --open[w];
+        reserved[visit.chunk] = true;
       } else {
         const std::int32_t s = victim(windows[w], keep[w]);
         if (s < 0) {

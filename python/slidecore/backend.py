@@ -38,6 +38,8 @@ class Backend:
         else:
             raise UsageError(f"device={str(device)!r} is not supported; use 'auto', 'cuda', 'cuda:1' or 'cpu'")
         self.is_host = self.core.is_host
+        self._held = 0
+        self._peak = 0
 
     def stream(self) -> int:
         """The current PyTorch stream's handle; 0 on the host backend."""
@@ -49,8 +51,22 @@ class Backend:
             return torch.empty(numel, dtype=dtype, device=self.torch_device)
         if numel == 0:
             return torch.empty(0, dtype=dtype)
-        nbytes = numel * torch.empty((), dtype=dtype).element_size()
-        return torch.frombuffer(_core.DeviceBuffer(self.core, nbytes), dtype=dtype)
+        made = torch.frombuffer(_core.DeviceBuffer(self.core, numel * dtype.itemsize), dtype=dtype)
+        self._note_peak()
+        return made
+
+    def hold(self, nbytes: int) -> None:
+        """Counts activations as device memory on the host backend; a card's allocator counts them itself."""
+        self._held += nbytes
+        self._note_peak()
+
+    def drop(self, nbytes: int) -> None:
+        """Ends a `hold`."""
+        self._held -= nbytes
+
+    def _note_peak(self) -> None:
+        if self.is_host:
+            self._peak = max(self._peak, self.core.memory_in_use + self._held)
 
     def available_memory(self) -> int | None:
         """Bytes that could still be allocated on the card, PyTorch's cache included; None on the host backend."""
@@ -63,5 +79,5 @@ class Backend:
     def memory_in_use(self) -> tuple[int, int]:
         """Bytes of device memory in use now, and the most there were."""
         if self.is_host:
-            return self.core.memory_in_use, self.core.memory_peak
+            return self.core.memory_in_use + self._held, self._peak
         return torch.cuda.memory_allocated(self.torch_device), torch.cuda.max_memory_allocated(self.torch_device)

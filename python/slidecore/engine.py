@@ -122,6 +122,8 @@ class Engine:
                 addresses.append(slot.data_ptr())
             window_of[kind] = len(windows)
             windows.append((addresses, numel * item))
+        largest_gradient = max((c.trainable_numel for c in self.chunks), default=0) * item
+        piece_bytes = max(4096, min(piece_bytes, -(-largest_gradient // 4096) * 4096))
         self._sink = _core.AdamWSink(self.pool) if train else None
         if self._sink is not None:
             self._add_chunks_to_sink(self._sink)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from slidecore.gradients import GradientSum
+from slidecore.planner import BYTES_PER_LOGIT_UNFUSED
 from slidecore.visit import Use, collect, leaves_of, swapped
 
 if TYPE_CHECKING:
@@ -100,12 +101,14 @@ class DeferredLogits(torch.Tensor):
         return func(*_replace(args, real), **_replace(kwargs, real))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         real = {id(a): a.materialise() for a in _deferred((args, kwargs))}
         return func(*_replace(args, real), **_replace(kwargs, real))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
@@ -207,6 +210,8 @@ def _run_tiles(record: HeadRecord, hidden: torch.Tensor, wants_gradient: bool, w
                 logits = record.use.forward(part)
                 for function in record.tail:
                     logits = function(logits)
+                held = logits.numel() * BYTES_PER_LOGIT_UNFUSED
+                engine.backend.hold(held)
                 loss, logits_gradient = _loss_of_tile(record, logits, labels[tile], wants_gradient)
                 total += loss
                 if wants_gradient:
@@ -214,6 +219,7 @@ def _run_tiles(record: HeadRecord, hidden: torch.Tensor, wants_gradient: bool, w
                     if hidden_gradient is not None and part.grad is not None:
                         hidden_gradient[tile] = part.grad
                 del logits, logits_gradient
+                engine.backend.drop(held)
     record.gradient = gradient
     record.hidden_gradient = hidden_gradient.view(hidden.shape) if hidden_gradient is not None else None
     return total
@@ -224,18 +230,28 @@ def _loss_of_tile(
     record: HeadRecord, logits: torch.Tensor, labels: torch.Tensor, wants_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The tile's share of the loss, and its gradient with respect to the logits, in their dtype."""
-    options = {"ignore_index": record.ignore_index, "label_smoothing": record.label_smoothing}
+    ignore_index, label_smoothing = record.ignore_index, record.label_smoothing
     if not wants_gradient or not logits.is_cuda or _NO_TRITON:
         with torch.set_grad_enabled(wants_gradient):
             leaf = logits.detach().requires_grad_(wants_gradient)
-            loss = F.cross_entropy(leaf.float(), labels, reduction="sum", **options) / record.divisor
+            loss = F.cross_entropy(
+                leaf.float(), labels, reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing
+            )
+            loss = loss / record.divisor
         gradient = torch.autograd.grad(loss, leaf)[0] if wants_gradient else None
         return loss.detach(), gradient
     from slidecore.triton.cross_entropy import cross_entropy
 
     # A linear layer's backward does not read its output, so the gradient may take its place.
     plain = isinstance(record.use.module, torch.nn.Linear) and not record.tail
-    return cross_entropy(logits.detach(), labels, record.divisor, in_place=plain, **options)
+    return cross_entropy(
+        logits.detach(),
+        labels,
+        record.divisor,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        in_place=plain,
+    )
 
 
 def linear_cross_entropy(

@@ -48,8 +48,7 @@ class AdamW(torch.optim.Optimizer):
         self._engine: Engine | None = None
         self._entries: dict[int, Entry] = {}
         super().__init__(params, defaults)
-        assert self._engine is not None
-        engine = self._engine
+        engine = self._offloaded()
         previous = engine.optimizer() if engine.optimizer is not None else None
         if previous is not None:
             raise UsageError(
@@ -57,6 +56,10 @@ class AdamW(torch.optim.Optimizer):
                 "optimizers (or delete the first)"
             )
         engine.optimizer = weakref.ref(self)
+
+    def _offloaded(self) -> Engine:
+        assert self._engine is not None  # torch.optim refuses an empty list of parameters
+        return self._engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; only while no step has been taken.
@@ -133,8 +136,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        assert self._engine is not None
-        self._engine.step()
+        self._offloaded().step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -13,8 +13,10 @@ from slidecore.backend import Backend
 class SavedInput:
     """One saved tensor. Exactly one of these holds it: `tensor` (on the device) or `host` (pinned buffer)."""
 
-    def __init__(self, store: SavedInputs, tensor: torch.Tensor, chunk: int) -> None:
+    def __init__(self, store: SavedInputs, tensor: torch.Tensor, chunk: int, shared: bool) -> None:
         self._store = store
+        self._held = 0 if shared else tensor.numel() * tensor.element_size()
+        store.backend.hold(self._held)
         self._chunk = chunk
         self._version = tensor._version
         self._meta = (tensor.shape, tensor.dtype)
@@ -48,7 +50,12 @@ class SavedInput:
         """Lets go of the device tensor; the compute stream comes after the copy, so its memory can be reused."""
         self.check_unmodified()
         self._store.scheduler.wait(self._saved_ticket, self._store.backend.stream())
+        self._let_go()
+
+    def _let_go(self) -> None:
         self.tensor = None
+        self._store.backend.drop(self._held)
+        self._held = 0
 
     def prefetch(self) -> None:
         """Starts the copy back to the device, if it is not there."""
@@ -89,7 +96,7 @@ class SavedInput:
         if self._host is not None:
             self._store.give_host(self._host)
             self._host = None
-        self.tensor = None
+        self._let_go()
         self._fetched = None
 
     def __del__(self) -> None:
@@ -121,9 +128,12 @@ class SavedInputs:
     def give_host(self, buffer: _core.HostBuffer) -> None:
         self._free.setdefault(len(buffer), []).append(buffer)
 
-    def save(self, tensor: torch.Tensor, chunk: int, on_device: bool) -> SavedInput:
-        """Saves a detached tensor of device memory; contiguous ones go to the host unless `on_device`."""
-        saved = SavedInput(self, tensor, chunk)
+    def save(self, tensor: torch.Tensor, chunk: int, *, on_device: bool, shared: bool) -> SavedInput:
+        """Saves a detached tensor of device memory; contiguous ones go to the host unless `on_device`.
+
+        `shared` tensors (masks, positions) belong to all blocks and are not counted as this one's memory.
+        """
+        saved = SavedInput(self, tensor, chunk, shared)
         if not on_device and tensor.is_contiguous() and tensor.numel() > 0:
             saved.send()
             self._settling.append(saved)

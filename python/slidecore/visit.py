@@ -192,6 +192,11 @@ class Record:
     previous: weakref.ref[Record] | None = None  # the visit whose inputs backward needs next
     generation: int = 0  # of the weights that the forward read
     consumed: bool = False
+    held: int = 0  # bytes of kept graphs
+
+    def __del__(self) -> None:
+        # The graph was dropped without a backward.
+        self.free()
 
     def output_gradients(self, gradients: Sequence[torch.Tensor | None], index: int) -> Sequence[torch.Tensor | None]:
         """The part of the outputs' gradients that belongs to micro-batch `index`."""
@@ -209,6 +214,8 @@ class Record:
         for saved in self.saved:
             saved.free()
         self.saved, self.graphs, self.random = [], [], []
+        self.engine.backend.drop(self.held)
+        self.held = 0
         self.previous = None
 
 
@@ -328,7 +335,9 @@ class Visits:
             parts += [self._forward_part(record, slot, tensors, i) for i in range(1, record.micro_batches)]
         if not record.keep_graph:
             record.saved = [
-                engine.saved_inputs.save(t, use.chunk.index, engine.stays_on_device(use, t, needs_grad))
+                engine.saved_inputs.save(
+                    t, use.chunk.index, on_device=engine.stays_on_device(use, t, needs_grad), shared=not needs_grad
+                )
                 for t, needs_grad in zip(tensors, record.requires_grad, strict=True)
             ]
         return self._join(record, parts)
@@ -376,6 +385,8 @@ class Visits:
         engine = self._engine
         handles = collect(leaves, lambda entry, gradient: engine.gradient_of(chunk).add(entry, gradient))
         record.graphs.append(Graph(kept, own, outputs, handles))
+        record.held += kept.nbytes
+        engine.backend.hold(kept.nbytes)
         record.use.backward_reads_weights = kept.reads_weights
         return outputs
 
@@ -429,14 +440,24 @@ class Visits:
                     _part(t, s, i, n).detach().requires_grad_(r)
                     for t, s, r in zip(tensors, record.split, record.requires_grad, strict=True)
                 ]
+                # The host backend counts activations by what the graph saves; a card's allocator does it itself.
+                counted = KeptGraph(slot) if engine.backend.is_host else None
                 with (
                     torch.enable_grad(),
                     swapped(use.chunk, leaves),
                     record.random[i].restored(engine.backend.torch_device),
+                    counted.hooks() if counted is not None else contextlib.nullcontext(),
                 ):
                     args, kwargs = record.call.put(own)
                     _, outputs = Output.take(use.forward(*args, **kwargs))
-                self._differentiate(outputs, record.output_gradients(gradients, i))
+                if counted is not None:
+                    counted.slot = slot
+                    engine.backend.hold(counted.nbytes)
+                try:
+                    self._differentiate(outputs, record.output_gradients(gradients, i))
+                finally:
+                    if counted is not None:
+                        engine.backend.drop(counted.nbytes)
                 del outputs
                 parts.append(self._gradients_of(record, own))
                 for handle in handles:

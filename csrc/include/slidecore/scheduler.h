@@ -46,13 +46,13 @@ struct Visit {
 
 struct ChunkSpec {
   std::string name;
-  const void* weight;         // host plane (pinned, where the device needs it); outlives the scheduler
+  const void* weight;  // host plane (pinned, where the device needs it); outlives the scheduler
   std::size_t weight_bytes;
-  std::uint32_t window;       // which window's slots it visits
+  std::uint32_t window;  // which window's slots it visits
 };
 
 struct WindowSpec {
-  std::vector<void*> slots;   // device buffers, owned by the caller, outliving the scheduler
+  std::vector<void*> slots;  // device buffers, owned by the caller, outliving the scheduler
   std::size_t slot_bytes;
 };
 
@@ -103,19 +103,19 @@ class Scheduler {
   Ticket fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes, StreamHandle stream,
                      Ticket after = 0);
 
-  bool done(Ticket ticket);                        // the transfer has completed
-  void wait(Ticket ticket, StreamHandle stream);   // `stream` waits for the transfer; blocks only until it is enqueued
-  void synchronize_ticket(Ticket ticket);          // the calling thread waits for the transfer
+  bool done(Ticket ticket);                       // the transfer has completed
+  void wait(Ticket ticket, StreamHandle stream);  // `stream` waits for the transfer; blocks only until it is enqueued
+  void synchronize_ticket(Ticket ticket);         // the calling thread waits for the transfer
 
   // The chunk's host plane was changed by the caller (after synchronize()): slot copies are stale.
   void invalidate(std::uint32_t chunk);
-  void wait_updates();   // until every submitted gradient has been consumed
-  void synchronize();    // until every lane is idle
-  void check();          // throws the stored error of a lane, if any
+  void wait_updates();  // until every submitted gradient has been consumed
+  void synchronize();   // until every lane is idle
+  void check();         // throws the stored error of a lane, if any
 
   Trace& trace();
-  void start_trace();    // synchronizes, then enables the trace and aligns the device's clock with the host's
-  void stop_trace();     // synchronizes, then disables it; spans stay readable
+  void start_trace();  // synchronizes, then enables the trace and aligns the device's clock with the host's
+  void stop_trace();   // synchronizes, then disables it; spans stay readable
   std::string chrome_trace();
 
   struct Counters {

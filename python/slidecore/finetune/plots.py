@@ -80,13 +80,13 @@ def plot_timeline(path: Path, spans: Sequence[Span], *, title: str = "One traini
             bars = [((s[3] - origin) / 1e6, (s[4] - s[3]) / 1e6) for s in spans if s[0] == lane and s[1] == kind]
             if bars:
                 # Visits follow each other without a gap and need a border; what is short needs an outline of its own
-                # colour, or it would be too thin to be seen.
+                # colour, or it would be too thin to be seen. Waits have none, not to look longer than they are.
                 axes.broken_barh(
                     bars,
                     (row - 0.38, 0.76),
                     facecolors=colour,
                     edgecolor={"forward": "white", "backward": "white", "wait": "#922b21"}.get(kind, colour),
-                    linewidth=0.6,
+                    linewidth=0 if kind == "wait" else 0.6,
                     hatch="////" if kind == "wait" else None,
                 )
         # An artist of its own for the legend: a kind may occur on several lanes.
@@ -99,7 +99,7 @@ def plot_timeline(path: Path, spans: Sequence[Span], *, title: str = "One traini
     end = max((span[4] for span in spans), default=origin + 1)
     axes.set_xlim(0, max(1, end - origin) / 1e6)
     if spans:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(kinds), frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(len(kinds), 6), frameon=False)
     else:
         axes.text(0.5, 0.5, "nothing was recorded", transform=axes.transAxes, ha="center")
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -25,7 +25,7 @@ def attach(model: nn.Module, engine: Engine) -> None:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.gradient_checkpointing_disable()  # type: ignore[operator]
     parameters = inspect.signature(type(model).forward).parameters
     handles = []
@@ -71,8 +71,7 @@ def _defer_logits(model: nn.Module, engine: Engine, use: Use) -> list[Any]:
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not deferring or args or kwargs:
             return visiting(hidden, *args, **kwargs)  # type: ignore[no-any-return]
-        vocabulary = head.weight.shape[0]
-        assert isinstance(vocabulary, int)
+        vocabulary = int(head.weight.shape[0])  # type: ignore[index, union-attr, arg-type]
         return DeferredLogits.make(
             engine, use, hidden, torch.Size((*hidden.shape[:-1], vocabulary)), engine.compute_dtype
         )
