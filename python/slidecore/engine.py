@@ -30,7 +30,7 @@ from slidecore.planner import (
     plan_head,
 )
 from slidecore.saved_inputs import SavedInputs
-from slidecore.visit import Call, KeptGraph, RandomState, Record, Use, Visits, leaves_of, swapped
+from slidecore.visit import Call, KeptGraph, RandomState, Record, Use, Visits, leaves_of, swapped, unchanged_buffers
 
 if TYPE_CHECKING:
     from slidecore.head import HeadRecord
@@ -545,6 +545,7 @@ class Engine:
                 torch.enable_grad(),
                 swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)),
                 kept.hooks(),
+                unchanged_buffers(use.module),
             ):
                 out = use.forward(*args, **kwargs)
             del out

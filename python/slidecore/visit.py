@@ -233,6 +233,17 @@ def swapped(chunk: Chunk, leaves: dict[Entry, torch.Tensor]) -> Iterator[None]:
                 module._parameters[attribute] = entry.parameter
 
 
+@contextlib.contextmanager
+def unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Undoes what runs beside the training step's own forward do to buffers (the running statistics of BatchNorm)."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.data.copy_(value)  # not a modification that graphs should complain about
+
+
 def leaves_of(chunk: Chunk, slot: torch.Tensor, graph: bool) -> dict[Entry, torch.Tensor]:
     """Parameters over the slot's memory, one for each entry of the chunk."""
     return {
@@ -432,7 +443,7 @@ class Visits:
         engine, use, n = self._engine, record.use, record.micro_batches
         tensors = [saved.get() for saved in record.saved]
         parts: list[list[torch.Tensor | None]] = []
-        with engine.holding(use.chunk, backward=True) as slot:
+        with engine.holding(use.chunk, backward=True) as slot, unchanged_buffers(use.module):
             for i in range(n):
                 leaves = leaves_of(use.chunk, slot, graph=True)
                 handles = collect(leaves, lambda entry, gradient: engine.gradient_of(use.chunk).add(entry, gradient))
