@@ -140,7 +140,7 @@ class KeptGraph:
         # The graph holds the hooks: through a weak reference, lest graph and record keep each other alive for ever.
         myself = weakref.ref(self)
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | SlotReference:
+        def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int] | SlotReference:
             kept = myself()
             assert kept is not None
             storage = tensor.untyped_storage()
@@ -150,11 +150,19 @@ class KeptGraph:
             if storage.data_ptr() not in kept._seen:
                 kept._seen.add(storage.data_ptr())
                 kept.nbytes += storage.nbytes()
-            return tensor
+            # Autograd does not check the version of a tensor that went through hooks.
+            return tensor, tensor._version
 
-        def unpack(packed: torch.Tensor | SlotReference) -> torch.Tensor:
-            if isinstance(packed, torch.Tensor):
-                return packed
+        def unpack(packed: tuple[torch.Tensor, int] | SlotReference) -> torch.Tensor:
+            if isinstance(packed, tuple):
+                tensor, version = packed
+                if tensor._version != version:
+                    raise RuntimeError(
+                        f"a tensor of shape {tuple(tensor.shape)} that the backward of an offloaded module needs was "
+                        f"modified in place after the module had used it. Replace the in-place operation (for example "
+                        f"`h += x` by `h = h + x`)"
+                    )
+                return tensor
             kept = myself()
             if kept is None or kept.slot is None:
                 raise RuntimeError("an offloaded module's graph was used outside its backward visit")
@@ -335,6 +343,7 @@ class Visits:
 
     def run_forward(self, record: Record, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         engine, use = self._engine, record.use
+        versions = [t._version for t in tensors]
         with engine.holding(use.chunk, backward=False) as slot:
             parts = [self._forward_part(record, slot, tensors, 0)]
             if record.micro_batches > 1 and not self._joinable(record, tensors, parts[0]):
@@ -345,6 +354,12 @@ class Visits:
                 parts = [self._forward_part(record, slot, tensors, 0)]
             parts += [self._forward_part(record, slot, tensors, i) for i in range(1, record.micro_batches)]
         if not record.keep_graph:
+            if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
+                raise RuntimeError(
+                    f"{use.name} ({type(use.module).__name__}) modified its input in place, so its recomputation in "
+                    f"backward would start from other values. Replace the in-place operation (for example `x += y` by "
+                    f"`x = x + y`)"
+                )
             record.saved = [
                 engine.saved_inputs.save(
                     t, use.chunk.index, on_device=engine.stays_on_device(use, t, needs_grad), shared=not needs_grad
