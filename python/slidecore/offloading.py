@@ -163,6 +163,14 @@ def _hook(model: nn.Module, engine: Engine) -> None:
     def settle(*_: Any) -> None:
         engine.drain()
 
+    def loading(module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise UsageError(
+                "load_state_dict(assign=True) would put other tensors in the place of the planes that the model "
+                "computes with; use assign=False, which copies into them"
+            )
+        engine.drain()
+
     def apply(function: Any, recurse: bool = True) -> nn.Module:
         """Replaces Module._apply: .to(device), .cuda(), .half() and so on."""
         probe = function(torch.zeros(0, dtype=engine.compute_dtype))
@@ -175,7 +183,7 @@ def _hook(model: nn.Module, engine: Engine) -> None:
     handles = [
         model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
         model.register_state_dict_pre_hook(settle),
-        model.register_load_state_dict_pre_hook(settle),
+        model.register_load_state_dict_pre_hook(loading),
         model.register_load_state_dict_post_hook(loaded),
     ]
     model.__dict__["_apply"] = apply
