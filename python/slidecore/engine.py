@@ -18,6 +18,7 @@ from slidecore import _core
 from slidecore.backend import Backend
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
+from slidecore.graphs import VisitGraph
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Planes, lay_out
 from slidecore.planner import (
@@ -30,7 +31,7 @@ from slidecore.planner import (
     plan_head,
 )
 from slidecore.saved_inputs import SavedInputs
-from slidecore.visit import Call, KeptGraph, RandomState, Record, Use, Visits, leaves_of, swapped, unchanged_buffers
+from slidecore.visit import Call, Output, RandomState, Record, Use, Visits, leaves_of, swapped, unchanged_buffers
 
 if TYPE_CHECKING:
     from slidecore.head import HeadRecord
@@ -537,20 +538,18 @@ class Engine:
 
     def _probe(self, use: Use, call: Call, tensors: list[torch.Tensor]) -> int:
         """Bytes that the graph of one block saves for one sample, found by running it once."""
-        args, kwargs = call.put([t.detach().requires_grad_(t.requires_grad) for t in tensors])
         state = RandomState.capture(self.backend.torch_device)
-        with self.holding(use.chunk, backward=False) as slot:
-            kept = KeptGraph(slot)
-            with (
-                torch.enable_grad(),
-                swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)),
-                kept.hooks(),
-                unchanged_buffers(use.module),
-            ):
-                out = use.forward(*args, **kwargs)
-            del out
+        graph = VisitGraph(keep=True)
+        with self.holding(use.chunk, backward=False) as slot, unchanged_buffers(use.module):
+
+            def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+                with swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)):
+                    args, kwargs = call.put(own)
+                    return Output.take(use.forward(*args, **kwargs))[1]
+
+            graph.run(slot, tensors, [t.is_floating_point() for t in tensors], self.visits.anchor, module)
         state.set(self.backend.torch_device)
-        return kept.nbytes
+        return graph.nbytes
 
     # --- what others ask for
 

@@ -1,8 +1,7 @@
 """Visits: a chunk's module runs with its weights in a slot, forward without a graph, backward by recomputation.
 
-A forward visit that will be followed by a backward one either keeps its inputs and recomputes (blocks), or keeps its
-graph (edges, and as many blocks as the plan affords). Kept graphs do not pin weights: autograd's references to the
-slot are replaced by their place in the chunk and resolved against whatever slot the chunk is in at backward.
+A forward visit that will be followed by a backward one either keeps its inputs and recomputes (blocks), or keeps what
+its graph saves (edges, and as many blocks as the plan affords); see `graphs`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from slidecore.graphs import VisitGraph
 from slidecore.partition import Chunk, Entry
 from slidecore.saved_inputs import SavedInput
 
@@ -115,72 +115,6 @@ class Output:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-class SlotReference:
-    """Stands in a kept graph for a view of the chunk's weights."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.dtype, self.size, self.stride = tensor.dtype, tensor.size(), tensor.stride()
-        self.offset = tensor.storage_offset()
-
-    def resolve(self, slot: torch.Tensor) -> torch.Tensor:
-        return slot.as_strided(self.size, self.stride, self.offset)
-
-
-class KeptGraph:
-    """Saved-tensor hooks of one forward: counts what the graph holds and keeps weights out of it."""
-
-    def __init__(self, slot: torch.Tensor) -> None:
-        self._storage = slot.untyped_storage().data_ptr()
-        self.nbytes = 0
-        self.reads_weights = False
-        self._seen: set[int] = set()
-        self.slot: torch.Tensor | None = None  # where the weights are during backward
-
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        # The graph holds the hooks: through a weak reference, lest graph and record keep each other alive for ever.
-        myself = weakref.ref(self)
-
-        def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int] | SlotReference:
-            kept = myself()
-            assert kept is not None
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() == kept._storage:
-                kept.reads_weights = True
-                return SlotReference(tensor)
-            if storage.data_ptr() not in kept._seen:
-                kept._seen.add(storage.data_ptr())
-                kept.nbytes += storage.nbytes()
-            # Autograd does not check the version of a tensor that went through hooks.
-            return tensor, tensor._version
-
-        def unpack(packed: tuple[torch.Tensor, int] | SlotReference) -> torch.Tensor:
-            if isinstance(packed, tuple):
-                tensor, version = packed
-                if tensor._version != version:
-                    raise RuntimeError(
-                        f"a tensor of shape {tuple(tensor.shape)} that the backward of an offloaded module needs was "
-                        f"modified in place after the module had used it. Replace the in-place operation (for example "
-                        f"`h += x` by `h = h + x`)"
-                    )
-                return tensor
-            kept = myself()
-            if kept is None or kept.slot is None:
-                raise RuntimeError("an offloaded module's graph was used outside its backward visit")
-            return packed.resolve(kept.slot)
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-@dataclass
-class Graph:
-    """One micro-batch's kept graph: leaves in, outputs, and the weights' leaves."""
-
-    kept: KeptGraph
-    inputs: list[torch.Tensor]
-    outputs: list[torch.Tensor]
-    hooks: list[torch.utils.hooks.RemovableHandle]
-
-
 @dataclass(eq=False)
 class Record:
     """A forward visit whose backward is to come."""
@@ -194,8 +128,9 @@ class Record:
     saved: list[SavedInput] = field(default_factory=list)
     split: list[bool] = field(default_factory=list)
     random: list[RandomState] = field(default_factory=list)
-    graphs: list[Graph] = field(default_factory=list)
+    graphs: list[VisitGraph] = field(default_factory=list)
     output: Output | None = None
+    input_sizes: list[list[torch.Size]] = field(default_factory=list)  # of each micro-batch
     output_sizes: list[list[int]] = field(default_factory=list)  # of each micro-batch, along dimension 0
     previous: weakref.ref[Record] | None = None  # the visit whose inputs backward needs next
     generation: int = 0  # of the weights that the forward read
@@ -262,9 +197,8 @@ def leaves_of(chunk: Chunk, slot: torch.Tensor, graph: bool) -> dict[Entry, torc
     }
 
 
-def collect(leaves: dict[Entry, torch.Tensor], add: Callable[[Entry, torch.Tensor], None]) -> list[Any]:
-    """Hands each leaf's gradient to `add` as soon as it is complete, and frees it. Returns the hooks' handles."""
-    handles = []
+def collect(leaves: dict[Entry, torch.Tensor], add: Callable[[Entry, torch.Tensor], None]) -> None:
+    """Hands each leaf's gradient to `add` as soon as it is complete, and frees it."""
     for entry, leaf in leaves.items():
         if not leaf.requires_grad:
             continue
@@ -274,8 +208,7 @@ def collect(leaves: dict[Entry, torch.Tensor], add: Callable[[Entry, torch.Tenso
             assert gradient is not None
             add(entry, gradient)
 
-        handles.append(leaf.register_post_accumulate_grad_hook(hook))
-    return handles
+        leaf.register_post_accumulate_grad_hook(hook)
 
 
 def _part(tensor: torch.Tensor, split: bool, index: int, count: int) -> torch.Tensor:
@@ -343,14 +276,15 @@ class Visits:
 
     def run_forward(self, record: Record, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         engine, use = self._engine, record.use
+        before = RandomState.capture(engine.backend.torch_device)
         versions = [t._version for t in tensors]
         with engine.holding(use.chunk, backward=False) as slot:
             parts = [self._forward_part(record, slot, tensors, 0)]
             if record.micro_batches > 1 and not self._joinable(record, tensors, parts[0]):
                 engine.refuse_micro_batches(use)
                 # Start over with the whole batch, from the same random state.
-                record.random[0].set(engine.backend.torch_device)
-                record.micro_batches, record.random, record.graphs = 1, [], []
+                before.set(engine.backend.torch_device)
+                record.micro_batches, record.random, record.graphs, record.input_sizes = 1, [], [], []
                 parts = [self._forward_part(record, slot, tensors, 0)]
             parts += [self._forward_part(record, slot, tensors, i) for i in range(1, record.micro_batches)]
         if not record.keep_graph:
@@ -371,14 +305,26 @@ class Visits:
     def _forward_part(
         self, record: Record, slot: torch.Tensor, tensors: list[torch.Tensor], index: int
     ) -> list[torch.Tensor]:
-        use = record.use
+        engine, use = self._engine, record.use
         inputs = [_part(t, s, index, record.micro_batches) for t, s in zip(tensors, record.split, strict=True)]
-        record.random.append(RandomState.capture(self._engine.backend.torch_device))
-        if record.keep_graph:
-            return self._forward_with_graph(record, slot, inputs)
-        with swapped(use.chunk, leaves_of(use.chunk, slot, graph=False)):
-            args, kwargs = record.call.put(inputs)
-            record.output, outputs = Output.take(use.forward(*args, **kwargs))
+        graph = VisitGraph(keep=record.keep_graph)
+        if not record.keep_graph:
+            record.random.append(RandomState.capture(engine.backend.torch_device))
+        leaves = leaves_of(use.chunk, slot, graph=True)
+        collect(leaves, lambda entry, gradient: engine.gradient_of(use.chunk).add(entry, gradient))
+
+        def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            with swapped(use.chunk, leaves):
+                args, kwargs = record.call.put(own)
+                record.output, outputs = Output.take(use.forward(*args, **kwargs))
+            return outputs
+
+        outputs = graph.run(slot, inputs, record.requires_grad, self.anchor, module)
+        record.graphs.append(graph)
+        record.input_sizes.append([t.shape for t in inputs])
+        record.held += graph.nbytes
+        engine.backend.hold(graph.nbytes)
+        use.backward_reads_weights = graph.reads_weights
         return outputs
 
     @staticmethod
@@ -393,28 +339,9 @@ class Visits:
 
     def _join(self, record: Record, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         if len(parts) == 1:
-            # Autograd must not see a tensor of an inner graph, nor an input, as the output of this node.
-            return [t.detach() for t in parts[0]]
+            return parts[0]
         record.output_sizes = [[t.shape[0] for t in part] for part in parts]
         return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-
-    def _forward_with_graph(
-        self, record: Record, slot: torch.Tensor, inputs: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        chunk = record.use.chunk
-        kept = KeptGraph(slot)
-        leaves = leaves_of(chunk, slot, graph=True)
-        with torch.enable_grad(), swapped(chunk, leaves), kept.hooks():
-            own = [t.detach().requires_grad_(r) for t, r in zip(inputs, record.requires_grad, strict=True)]
-            args, kwargs = record.call.put(own)
-            record.output, outputs = Output.take(record.use.forward(*args, **kwargs))
-        engine = self._engine
-        handles = collect(leaves, lambda entry, gradient: engine.gradient_of(chunk).add(entry, gradient))
-        record.graphs.append(Graph(kept, own, outputs, handles))
-        record.held += kept.nbytes
-        engine.backend.hold(kept.nbytes)
-        record.use.backward_reads_weights = kept.reads_weights
-        return outputs
 
     def run_backward(self, record: Record, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         engine, use = self._engine, record.use
@@ -426,10 +353,7 @@ class Visits:
                     saved.prefetch()
             if record.micro_batches > 1:
                 engine.gradient_of(use.chunk).widen()
-            if record.keep_graph:
-                result = self._backward_of_graph(record, gradients)
-            else:
-                result = self._backward_by_recomputation(record, gradients)
+            result = self._backward(record, gradients)
         except BaseException:
             engine.interrupted(use)
             raise
@@ -438,75 +362,53 @@ class Visits:
         engine.backward_visited(record)
         return result
 
-    def _backward_of_graph(self, record: Record, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def _backward(self, record: Record, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         engine, use = self._engine, record.use
-        parts: list[list[torch.Tensor | None]] = []
-        needs_weights = any(g.kept.reads_weights for g in record.graphs)
-        holding = engine.holding(use.chunk, backward=True) if needs_weights else contextlib.nullcontext(None)
-        with holding as slot:
-            for i, graph in enumerate(record.graphs):
-                graph.kept.slot = slot
-                self._differentiate(graph.outputs, record.output_gradients(gradients, i))
-                parts.append(self._gradients_of(record, graph.inputs))
-                for handle in graph.hooks:
-                    handle.remove()
-        return self._input_gradients(record, parts)
-
-    def _backward_by_recomputation(
-        self, record: Record, gradients: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:
-        engine, use, n = self._engine, record.use, record.micro_batches
+        recompute = not record.keep_graph
         tensors = [saved.get() for saved in record.saved]
         parts: list[list[torch.Tensor | None]] = []
-        with engine.holding(use.chunk, backward=True) as slot, unchanged_buffers(use.module):
-            for i in range(n):
-                leaves = leaves_of(use.chunk, slot, graph=True)
-                handles = collect(leaves, lambda entry, gradient: engine.gradient_of(use.chunk).add(entry, gradient))
-                own = [
-                    _part(t, s, i, n).detach().requires_grad_(r)
-                    for t, s, r in zip(tensors, record.split, record.requires_grad, strict=True)
-                ]
-                # The host backend counts activations by what the graph saves; a card's allocator does it itself.
-                counted = KeptGraph(slot) if engine.backend.is_host else None
-                with (
-                    torch.enable_grad(),
-                    swapped(use.chunk, leaves),
-                    record.random[i].restored(engine.backend.torch_device),
-                    counted.hooks() if counted is not None else contextlib.nullcontext(),
-                ):
-                    args, kwargs = record.call.put(own)
-                    _, outputs = Output.take(use.forward(*args, **kwargs))
-                if counted is not None:
-                    counted.slot = slot
-                    engine.backend.hold(counted.nbytes)
+        needs_weights = recompute or any(g.reads_weights for g in record.graphs)
+        holding = engine.holding(use.chunk, backward=True) if needs_weights else contextlib.nullcontext(None)
+        with holding as slot:
+            while record.graphs:
+                # A micro-batch's graph goes when it has been differentiated.
+                graph, i = record.graphs.pop(0), len(parts)
+                if recompute and slot is not None:
+                    self._refill(record, graph, slot, tensors, i)
                 try:
-                    self._differentiate(outputs, record.output_gradients(gradients, i))
+                    graph.backward(slot, record.output_gradients(gradients, i))
                 finally:
-                    if counted is not None:
-                        engine.backend.drop(counted.nbytes)
-                del outputs
-                parts.append(self._gradients_of(record, own))
-                for handle in handles:
-                    handle.remove()
+                    if recompute:
+                        engine.backend.drop(graph.nbytes)
+                parts.append(self._gradients_of(record, graph, i))
         return self._input_gradients(record, parts)
 
-    @staticmethod
-    def _differentiate(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-        pairs = [
-            (out, gradient)
-            for out, gradient in zip(outputs, gradients, strict=True)
-            if gradient is not None and out.requires_grad
-        ]
-        if pairs:
-            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+    def _refill(
+        self, record: Record, graph: VisitGraph, slot: torch.Tensor, tensors: list[torch.Tensor], index: int
+    ) -> None:
+        engine, use = self._engine, record.use
+        inputs = [_part(t, s, index, record.micro_batches) for t, s in zip(tensors, record.split, strict=True)]
 
-    @staticmethod
-    def _gradients_of(record: Record, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            with swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)):
+                args, kwargs = record.call.put(own)
+                return Output.take(use.forward(*args, **kwargs))[1]
+
+        with record.random[index].restored(engine.backend.torch_device), unchanged_buffers(use.module):
+            graph.refill(slot, inputs, module)
+        engine.backend.hold(graph.nbytes)
+
+    def _gradients_of(self, record: Record, graph: VisitGraph, index: int) -> list[torch.Tensor | None]:
+        sizes = record.input_sizes[index]
+        gradients = graph.input_gradients(len(sizes))
+        if record.micro_batches == 1:
+            return gradients
         # In a split input, a micro-batch without a gradient stands for zeros.
-        fill = record.micro_batches > 1
+        wanted = [s and r for s, r in zip(record.split, record.requires_grad, strict=True)]
+        dtype, device = self._engine.compute_dtype, self._engine.backend.torch_device
         return [
-            torch.zeros_like(t) if t.grad is None and fill and split and t.requires_grad else t.grad
-            for t, split in zip(inputs, record.split, strict=True)
+            torch.zeros(size, dtype=dtype, device=device) if g is None and fill else g
+            for g, size, fill in zip(gradients, sizes, wanted, strict=True)
         ]
 
     @staticmethod

@@ -1,0 +1,219 @@
+"""The autograd graph of one visit, without the weights and, for recomputation, without its saved tensors.
+
+A visit runs once with a graph, in forward. What autograd saves goes through hooks:
+
+- views of the slot are replaced by their place in the chunk: a graph does not pin weights, and its backward reads them
+  from whatever slot the chunk is in then;
+- everything else is kept as it is, or replaced by an empty holder. Before backward a second run of the module fills the
+  holders in the order in which the first run made them, and stops at the last: what comes after the last saved tensor
+  (the block's final product, say) need not be computed again. As in torch.utils.checkpoint's non-reentrant form.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+class _Stop(Exception):
+    """Ends the second run: every holder is filled."""
+
+
+class _SlotReference:
+    """Stands for a view of the chunk's weights."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._size, self._stride, self._offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def resolve(self, slot: torch.Tensor) -> torch.Tensor:
+        return slot.as_strided(self._size, self._stride, self._offset)
+
+
+class _Kept:
+    """A saved tensor. Autograd leaves the check of its version to whoever has hooks."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    def get(self) -> torch.Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self._tensor.shape)} that the backward of an offloaded module needs was "
+                f"modified in place after the module had used it. Replace the in-place operation (for example "
+                f"`h += x` by `h = h + x`)"
+            )
+        return self._tensor
+
+
+class _Holder:
+    """Stands for a tensor that recomputation brings back. Only the graph owns it, so it goes as autograd goes."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._meta = (tensor.shape, tensor.dtype)
+        self.kept: _Kept | None = None
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        if (tensor.shape, tensor.dtype) != self._meta:
+            raise RuntimeError(_NOT_REPEATABLE)
+        self.kept = _Kept(tensor.detach())
+
+
+_NOT_REPEATABLE = (
+    "recomputing an offloaded block saved other tensors than its forward did. Its forward must do the same when it is "
+    "run again with the same inputs and random state; keep_graphs= avoids recomputation"
+)
+
+
+class _Boundary(torch.autograd.Function):
+    """The inputs' end of a graph: takes their gradients without holding the inputs, as leaves would."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[torch.Tensor | None], anchor: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
+        return tuple(t.detach() for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        ctx.gradients[:] = gradients
+        return (None, None, *(None for _ in gradients))
+
+
+class VisitGraph:
+    """The graph of one micro-batch of a visit."""
+
+    def __init__(self, keep: bool) -> None:
+        """`keep` keeps saved tensors; otherwise `refill` must run before `backward`."""
+        self._keep = keep
+        self._holders: list[weakref.ref[_Holder]] = []
+        self._slot: torch.Tensor | None = None  # where the weights are
+        self._seen: set[int] = set()
+        self._gradients: list[torch.Tensor | None] = []
+        self._differentiable: list[int] = []
+        self._edges: list[Any] = []
+        self.reads_weights = False
+        self.nbytes = 0  # of distinct storages among the saved tensors, weights excluded
+
+    def _is_weight(self, tensor: torch.Tensor) -> bool:
+        assert self._slot is not None
+        return tensor.untyped_storage().data_ptr() == self._slot.untyped_storage().data_ptr()
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.nbytes += storage.nbytes()
+
+    def _hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        # The autograd graph holds the hooks: through a weak reference, lest the two keep each other alive for ever.
+        myself = weakref.ref(self)
+
+        def pack(tensor: torch.Tensor) -> _Kept | _SlotReference | _Holder:
+            graph = myself()
+            assert graph is not None
+            if graph._is_weight(tensor):
+                graph.reads_weights = True
+                return _SlotReference(tensor)
+            if graph._keep:
+                graph._count(tensor)
+                return _Kept(tensor)
+            holder = _Holder(tensor)
+            graph._holders.append(weakref.ref(holder))
+            return holder
+
+        def unpack(packed: _Kept | _SlotReference | _Holder) -> torch.Tensor:
+            if isinstance(packed, _Kept):
+                return packed.get()
+            graph = myself()
+            if isinstance(packed, _Holder) and packed.kept is not None:
+                return packed.kept.get()
+            if isinstance(packed, _Holder) or graph is None or graph._slot is None:
+                raise RuntimeError("an offloaded module's graph was used outside its backward visit")
+            return packed.resolve(graph._slot)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def run(
+        self,
+        slot: torch.Tensor,
+        inputs: Sequence[torch.Tensor],
+        requires_grad: Sequence[bool],
+        anchor: torch.Tensor,
+        module: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        """Runs `module` on `inputs` with its weights in `slot`, and returns its outputs, detached.
+
+        Args:
+            inputs: detached tensors; those with `requires_grad` get a gradient in `backward`.
+            anchor: any tensor that requires a gradient; it gets none.
+        """
+        self._slot = slot
+        self._differentiable = [i for i, wanted in enumerate(requires_grad) if wanted]
+        with torch.enable_grad(), self._hooks():
+            own = list(inputs)
+            if self._differentiable:
+                bound = _Boundary.apply(self._gradients, anchor, *(inputs[i] for i in self._differentiable))
+                for i, tensor in zip(self._differentiable, bound, strict=True):
+                    own[i] = tensor
+            outputs = module(own)
+        self._edges = [torch.autograd.graph.get_gradient_edge(t) if t.requires_grad else None for t in outputs]
+        self._slot = None
+        return [t.detach() for t in outputs]
+
+    def refill(
+        self,
+        slot: torch.Tensor,
+        inputs: Sequence[torch.Tensor],
+        module: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
+    ) -> None:
+        """Runs `module` again, up to the last tensor that its graph needs; random state is the caller's to restore.
+
+        Raises:
+            RuntimeError: the second run saved other tensors than the first.
+        """
+        if self._keep or not self._holders:
+            return
+        self._slot = slot
+        filled = 0
+
+        def pack(tensor: torch.Tensor) -> None:
+            nonlocal filled
+            if self._is_weight(tensor):
+                return
+            holder = self._holders[filled]()
+            filled += 1
+            if holder is not None:
+                holder.fill(tensor)
+                self._count(tensor)
+            if filled == len(self._holders):
+                raise _Stop
+
+        def unpack(_: None) -> torch.Tensor:
+            raise RuntimeError("an offloaded block differentiates inside its own forward; use keep_graphs= for it")
+
+        wanted = set(self._differentiable)
+        own = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        try:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                module(own)
+        except _Stop:
+            return
+        raise RuntimeError(_NOT_REPEATABLE)
+
+    def backward(self, slot: torch.Tensor | None, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Differentiates: leaves of the weights get theirs through their hooks, inputs through `input_gradients`."""
+        self._slot = slot
+        pairs = [(e, g) for e, g in zip(self._edges, gradients, strict=True) if e is not None and g is not None]
+        if pairs:
+            torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
+        self._slot = None
+
+    def input_gradients(self, inputs: int) -> list[torch.Tensor | None]:
+        """One entry for each of the `inputs` of `run`; None where there is no gradient."""
+        result: list[torch.Tensor | None] = [None] * inputs
+        for i, gradient in zip(self._differentiable, self._gradients, strict=False):
+            result[i] = gradient
+        return result
