@@ -10,6 +10,7 @@ from typing import Any
 import slidecore
 import torch
 import torch.nn.functional as F
+from slidecore.offloading import engine_of
 from torch import nn
 
 VOCABULARY = 101
@@ -212,3 +213,15 @@ def spread(runs: Sequence[dict[str, torch.Tensor]]) -> float:
 
 def clone(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
+
+
+def consumed_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of an offloaded model's last step, of an optimizer with betas=(0.0, ...): the first moment then
+    is the gradient."""
+    slidecore.synchronize(model)
+    engine = engine_of(model)
+    return {
+        entry.name: engine.planes.exp_avg.view(chunk, entry).clone()
+        for chunk, entry in engine.entries.values()
+        if entry.trainable
+    }
