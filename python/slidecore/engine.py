@@ -553,6 +553,15 @@ class Engine:
 
     # --- what others ask for
 
+    def forget_moments(self) -> None:
+        """For an optimizer that takes over from one that is gone: as in torch.optim, a new one starts from nothing."""
+        for chunk, entry in self.entries.values():
+            if entry.step > 0:
+                self.scheduler.synchronize()
+                entry.step = 0
+                for plane in (self.planes.exp_avg, self.planes.exp_avg_sq):
+                    plane.view(chunk, entry).zero_()
+
     def drain(self) -> None:
         """Waits until planes and lanes are at rest; errors of lanes are raised."""
         self.scheduler.synchronize()

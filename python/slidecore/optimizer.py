@@ -55,6 +55,7 @@ class AdamW(torch.optim.Optimizer):
                 "this offloaded model already has a slidecore.AdamW; give it several groups instead of several "
                 "optimizers (or delete the first)"
             )
+        engine.forget_moments()
         engine.optimizer = weakref.ref(self)
 
     def _offloaded(self) -> Engine:
@@ -62,11 +63,11 @@ class AdamW(torch.optim.Optimizer):
         return self._engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; only while no step has been taken.
+        """Adds a group, at any time: its parameters begin with their first step.
 
         Raises:
             ValueError: an option is out of its range.
-            UsageError: a parameter does not belong to the offloaded model, or training has begun.
+            UsageError: a parameter does not belong to the offloaded model.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -99,10 +100,7 @@ class AdamW(torch.optim.Optimizer):
                 raise UsageError("the parameters belong to several offloaded models; use one slidecore.AdamW for each")
             if not engine.train:
                 raise UsageError("this model was offloaded with train=False and has no optimizer state")
-            entry = engine.entries[id(parameter)][1]
-            if entry.step > 0 and id(parameter) not in self._entries and self._entries:
-                raise UsageError("parameter groups cannot be added after training began")
-            self._entries[id(parameter)] = entry
+            self._entries[id(parameter)] = engine.entries[id(parameter)][1]
 
     def hyper_parameters(self) -> dict[Entry, _core.AdamWHyper]:
         """The settings of each trainable entry, as the groups say now."""
