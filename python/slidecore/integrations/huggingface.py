@@ -96,8 +96,16 @@ def _defer_logits(model: nn.Module, engine: Engine, use: Use) -> list[Any]:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         return linear_cross_entropy(logits, shift_labels, ignore_index=ignore_index, num_items=num_items_in_batch)
 
+    attributes = set(model.__dict__)
     model.loss_function = loss_function  # type: ignore[assignment]
-    engine.detach.append(lambda: setattr(model, "loss_function", original))
+
+    def restore() -> None:
+        model.loss_function = original
+        for name in set(model.__dict__) - attributes:  # transformers' property finds its function by the model's config
+            if model.__dict__[name] is original:
+                del model.__dict__[name]
+
+    engine.detach.append(restore)
     return [
         model.register_forward_pre_hook(before, with_kwargs=True),
         model.register_forward_hook(after, always_call=True),
