@@ -320,6 +320,16 @@ def test_optimizer_over_wrong_parameters(offload: Offload) -> None:
     slidecore.AdamW(model.parameters())
 
 
+def test_an_optimizer_after_another(offload: Offload) -> None:
+    """As in torch.optim, the second one starts without moments."""
+    plain = Stack()
+    model = offload(clone(plain))
+    for lr in (1e-2, 3e-3):
+        optimizer = slidecore.AdamW(model.parameters(), lr=lr)
+        assert_trains_like(model, optimizer, plain, torch.optim.AdamW(plain.parameters(), lr=lr))
+        del optimizer
+
+
 def test_backward_without_optimizer(offload: Offload) -> None:
     plain = Stack()
     model = offload(clone(plain))
