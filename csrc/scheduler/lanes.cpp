@@ -170,6 +170,7 @@ void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
   if (stopping || failure != nullptr) return;
   const UpdateTask task = updates.front();
   updates.pop_front();
+  ++update_busy;  // from here on, lest synchronize() finds neither the task in the queue nor the lane at work
   Chunk& chunk = chunks[task.chunk];
   if (task.first) {
     // From here on the plane changes: no upload may be reading it. New ones wait, as submitted > updated.
@@ -177,7 +178,6 @@ void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
     if (stopping || failure != nullptr) return;
   }
   const EventHandle last_upload = task.first ? chunk.last_upload : 0;
-  ++update_busy;
   lock.unlock();
   if (last_upload != 0) device->synchronize_event(last_upload);
   device->synchronize_event(task.landed);
