@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "scheduler/scheduler_impl.h"
 #include "slidecore/status.h"
@@ -76,11 +77,14 @@ void Scheduler::Impl::upload_step(std::unique_lock<std::mutex>& lock) {
 void Scheduler::Impl::upload_weights(const UploadTask& task, std::unique_lock<std::mutex>& lock) {
   Chunk& chunk = chunks[task.chunk];
   Slot& slot = windows[task.window].slots[task.slot];
-  const EventHandle released = slot.was_released ? slot.released : 0;
+  const std::vector<Release> released = std::exchange(slot.released, {});
   const ChunkSpec& spec = chunk.spec;
   ++chunk.reading;
   lock.unlock();
-  if (released != 0) device->wait(upload_stream, released);
+  for (const Release& release : released) {
+    device->wait(upload_stream, release.event);
+    events.give(release.event);
+  }
   const EventHandle start = spans.mark(upload_stream);
   device->to_device(slot.address, spec.weight, spec.weight_bytes, upload_stream);
   const EventHandle end = spans.mark(upload_stream);

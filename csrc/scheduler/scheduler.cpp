@@ -1,5 +1,7 @@
 #include "slidecore/scheduler.h"
 
+#include <algorithm>
+
 #include "scheduler/scheduler_impl.h"
 #include "slidecore/status.h"
 
@@ -34,7 +36,6 @@ Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::vector<ChunkSpec> sp
       Slot slot;
       slot.address = address;
       slot.ready = events.take();
-      slot.released = events.take();
       window.slots.push_back(slot);
     }
     windows.push_back(std::move(window));
@@ -86,7 +87,7 @@ Scheduler::Impl::~Impl() {
   for (const Window& window : windows) {
     for (const Slot& slot : window.slots) {
       events.give(slot.ready);
-      events.give(slot.released);
+      for (const Release& release : slot.released) events.give(release.event);
     }
   }
   for (const TicketState& ticket : tickets) {
@@ -166,11 +167,13 @@ void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
   if (c.held.empty()) throw Error(Code::state, "chunk '" + c.spec.name + "' is released but no visit holds it");
   Slot& slot = s.windows[c.spec.window].slots[c.held.back()];
   c.held.pop_back();
-  // Events are of one stream: what an earlier visit did on another stream must be part of this one's.
-  if (slot.was_released && slot.released_on != stream) s.device->wait(stream, slot.released);
-  s.device->record(slot.released, stream);
-  slot.was_released = true;
-  slot.released_on = stream;
+  // A visit on another stream has an event of its own: neither stream has to wait for the other's work.
+  auto release = std::find_if(slot.released.begin(), slot.released.end(),
+                              [&](const Release& r) { return r.stream == stream; });
+  if (release == slot.released.end()) {
+    release = slot.released.insert(release, {stream, s.events.take()});
+  }
+  s.device->record(release->event, stream);
   --slot.pins;
   auto marks = s.visit_marks.find(chunk);
   if (marks != s.visit_marks.end() && !marks->second.empty()) {

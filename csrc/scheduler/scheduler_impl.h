@@ -16,6 +16,12 @@
 
 namespace slidecore {
 
+// The last work of visits on one stream that read a slot.
+struct Release {
+  StreamHandle stream;
+  EventHandle event;
+};
+
 struct Slot {
   void* address = nullptr;
   std::int32_t occupant = -1;        // chunk whose current weights are here or on their way, -1: none
@@ -23,9 +29,7 @@ struct Slot {
   bool issued = false;               // that upload is on the upload stream: `ready` can be waited for
   int pins = 0;                      // visits that hold it
   EventHandle ready = 0;             // the upload into it
-  EventHandle released = 0;          // the last visit's work in it
-  StreamHandle released_on = 0;
-  bool was_released = false;
+  std::vector<Release> released;     // visits' work in it since the last upload, one event for each stream
 };
 
 struct Window {

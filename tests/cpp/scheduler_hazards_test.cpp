@@ -63,6 +63,32 @@ TEST(SchedulerHazards, AnUploadIntoASlotWaitsForTheVisitsWork) {
   device->destroy_stream(other);
 }
 
+// Visits of one slot on two streams: the upload waits for both, and no call waits for either.
+TEST(SchedulerHazards, AnUploadIntoASlotWaitsForVisitsOnEveryStream) {
+  for (const bool held_last : {false, true}) {
+    const auto device = host_device();
+    HeldStream held(device);
+    const StreamHandle other = device->create_stream();
+    {
+      Rig rig(device, equal_chunks(2, 30'001), {1}, 2);
+      rig.scheduler->acquire(0, Phase::forward, held.handle());
+      const void* slot = rig.acquire(0, Phase::forward, 0);
+      rig.read(slot, 0, held.handle());
+      rig.scheduler->release(0, Phase::forward, held_last ? 0 : held.handle());
+      rig.scheduler->release(0, Phase::forward, held_last ? held.handle() : 0);
+      rig.visit(1, Phase::forward, other);
+      let_others_run();
+      held.open();
+      rig.check_visits();
+      for (int i = 0; i < 3; ++i) {
+        for (const std::uint32_t chunk : {0, 1}) rig.visit(chunk, Phase::backward, i % 2 == 0 ? other : held.handle());
+      }
+      rig.check_visits();
+    }
+    device->destroy_stream(other);
+  }
+}
+
 TEST(SchedulerHazards, AnUpdateWaitsForUploadsThatReadItsPlane) {
   const auto device = host_device();
   HeldStream held(device);
