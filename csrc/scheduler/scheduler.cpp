@@ -122,6 +122,30 @@ void Scheduler::set_schedule(std::vector<Visit> visits) {
   impl_->prefetch();
 }
 
+// The thread's own innermost visit: another thread's may be in another slot, if an update came in between. A thread
+// that has none releases the innermost of all.
+std::list<Hold>::iterator Chunk::hold_to_release(std::thread::id thread) {
+  auto found = held.end();
+  for (auto hold = held.begin(); hold != held.end(); ++hold) {
+    if (!hold->granted) continue;
+    if (found == held.end() || hold->thread == thread || found->thread != thread) found = hold;
+  }
+  return found;
+}
+
+// Returns once `stream` waits for the upload into the slot.
+void Scheduler::Impl::await_slot(const Slot& slot, Hold& hold, std::uint32_t chunk, StreamHandle stream,
+                                 std::unique_lock<std::mutex>& lock) {
+  wait_for(lock, [&] { return slot.issued; });
+  lock.unlock();
+  const EventHandle before = spans.mark(stream);
+  device->wait(stream, slot.ready);
+  hold.began = spans.mark(stream);
+  spans.add(Lane::compute, SpanKind::wait, static_cast<std::int32_t>(chunk), before, hold.began, 0, /*keep_end=*/true);
+  lock.lock();
+  hold.granted = true;
+}
+
 void* Scheduler::acquire(std::uint32_t chunk, Phase phase, StreamHandle stream) {
   Impl& s = *impl_;
   s.device->bind_thread();
@@ -130,31 +154,33 @@ void* Scheduler::acquire(std::uint32_t chunk, Phase phase, StreamHandle stream) 
   s.check_chunk(chunk);
   Chunk& c = s.chunks[chunk];
   Window& window = s.windows[c.spec.window];
-  s.set_position(chunk, phase);
-  ++s.counters.visits;
-  if (c.slot >= 0) {
-    ++s.counters.hits;
-  } else {
-    const std::int32_t free_slot = s.victim(window, std::vector<bool>(window.slots.size(), false));
-    if (free_slot < 0) {
-      throw Error(Code::state, "no slot for chunk '" + c.spec.name + "': all " + std::to_string(window.slots.size()) +
-                                   " slots of its window are held by visits in progress; use a larger window");
-    }
-    s.assign(chunk, static_cast<std::uint32_t>(free_slot));
+  const auto is_held = [](const Slot& slot) { return slot.pins > 0; };
+  if (c.slot < 0 && std::all_of(window.slots.begin(), window.slots.end(), is_held)) {
+    throw Error(Code::state, "no slot for chunk '" + c.spec.name + "': all " + std::to_string(window.slots.size()) +
+                                 " slots of its window are held by visits in progress; use a larger window");
   }
-  const std::int32_t index = c.slot;
+  s.set_position(chunk, phase);
+  const bool hit = c.slot >= 0;
+  if (!hit) {
+    const std::int32_t victim = s.victim(window, std::vector<bool>(window.slots.size(), false));
+    s.assign(chunk, static_cast<std::uint32_t>(victim));
+  }
+  const auto index = static_cast<std::uint32_t>(c.slot);
   Slot& slot = window.slots[index];
+  const auto hold = c.held.insert(c.held.end(), {index, std::this_thread::get_id()});
   ++slot.pins;
-  c.held.push_back(index);
+  ++s.counters.visits;
+  if (hit) ++s.counters.hits;
   s.prefetch();
-  s.wait_for(lock, [&] { return slot.issued; });
-  lock.unlock();
-  const EventHandle before = s.spans.mark(stream);
-  s.device->wait(stream, slot.ready);
-  const EventHandle after = s.spans.mark(stream);
-  s.spans.add(Lane::compute, SpanKind::wait, static_cast<std::int32_t>(chunk), before, after, 0, /*keep_end=*/true);
-  lock.lock();
-  if (after != 0) s.visit_marks[chunk].push_back(after);
+  try {
+    s.await_slot(slot, *hold, chunk, stream, lock);
+  } catch (...) {
+    // The visit does not take place.
+    if (!lock.owns_lock()) lock.lock();
+    --slot.pins;
+    c.held.erase(hold);
+    throw;
+  }
   return slot.address;
 }
 
@@ -164,9 +190,11 @@ void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
   std::unique_lock lock(s.mutex);
   s.check_chunk(chunk);
   Chunk& c = s.chunks[chunk];
-  if (c.held.empty()) throw Error(Code::state, "chunk '" + c.spec.name + "' is released but no visit holds it");
-  Slot& slot = s.windows[c.spec.window].slots[c.held.back()];
-  c.held.pop_back();
+  const auto hold = c.hold_to_release(std::this_thread::get_id());
+  if (hold == c.held.end()) throw Error(Code::state, "chunk '" + c.spec.name + "' is released but no visit holds it");
+  Slot& slot = s.windows[c.spec.window].slots[hold->slot];
+  // What may fail comes first: the visit holds its slot until its end is recorded.
+  const EventHandle ended = hold->began == 0 ? 0 : s.spans.mark(stream);
   // A visit on another stream has an event of its own: neither stream has to wait for the other's work.
   auto release = std::find_if(slot.released.begin(), slot.released.end(),
                               [&](const Release& r) { return r.stream == stream; });
@@ -174,13 +202,12 @@ void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
     release = slot.released.insert(release, {stream, s.events.take()});
   }
   s.device->record(release->event, stream);
+  const EventHandle began = hold->began;
+  c.held.erase(hold);
   --slot.pins;
-  auto marks = s.visit_marks.find(chunk);
-  if (marks != s.visit_marks.end() && !marks->second.empty()) {
-    const EventHandle start = marks->second.back();
-    marks->second.pop_back();
+  if (began != 0) {
     const SpanKind kind = phase == Phase::forward ? SpanKind::visit_forward : SpanKind::visit_backward;
-    s.spans.add(Lane::compute, kind, static_cast<std::int32_t>(chunk), start, s.spans.mark(stream), 0);
+    s.spans.add(Lane::compute, kind, static_cast<std::int32_t>(chunk), began, ended, 0);
   }
   s.throw_if_failed();
   s.prefetch();
@@ -194,9 +221,6 @@ Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std
   s.check_chunk(chunk);
   if (!s.sink) throw Error(Code::state, "a gradient was submitted, but this scheduler has no sink for gradients");
   if (bytes == 0) throw Error(Code::invalid_argument, "the gradient of chunk '" + s.chunks[chunk].spec.name + "' is empty");
-  ++s.chunks[chunk].submitted;
-  s.drop_copies(chunk);
-  s.pass_update(chunk);
   DownloadTask task{};
   task.is_gradient = true;
   task.chunk = static_cast<std::int32_t>(chunk);
@@ -206,6 +230,10 @@ Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std
   s.device->record(task.after_work, stream);
   task.ticket = s.new_ticket();
   s.downloads.push_back(task);
+  // Only now, as device calls may fail: uploads of the chunk would wait for ever for a gradient that is not queued.
+  ++s.chunks[chunk].submitted;
+  s.drop_copies(chunk);
+  s.pass_update(chunk);
   s.prefetch();
   s.changed.notify_all();
   return task.ticket;

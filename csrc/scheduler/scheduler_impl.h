@@ -5,7 +5,7 @@
 #include <condition_variable>
 #include <deque>
 #include <exception>
-#include <map>
+#include <list>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -37,15 +37,25 @@ struct Window {
   std::vector<Slot> slots;
 };
 
+// A visit in progress.
+struct Hold {
+  std::uint32_t slot;
+  std::thread::id thread;
+  bool granted = false;              // acquire() has returned or is about to; else it waits for the upload
+  EventHandle began = 0;             // timing event, if traced
+};
+
 struct Chunk {
   ChunkSpec spec;
   std::int32_t slot = -1;            // in its window, -1: not there
-  std::vector<std::int32_t> held;    // slots of visits in progress, innermost last
+  std::list<Hold> held;              // innermost last
   std::uint64_t submitted = 0;       // gradients handed over
   std::uint64_t updated = 0;         // gradients consumed
   bool update_due = false;           // a visit that ends in an update was passed, its gradient is still to come
   int reading = 0;                   // uploads being put on the stream right now
   EventHandle last_upload = 0;       // event of the last upload that read the plane
+
+  std::list<Hold>::iterator hold_to_release(std::thread::id thread);
 };
 
 struct UploadTask {
@@ -109,6 +119,8 @@ struct Scheduler::Impl {
   // scheduler.cpp
   void throw_if_failed() const;
   void check_chunk(std::uint32_t chunk) const;
+  void await_slot(const Slot& slot, Hold& hold, std::uint32_t chunk, StreamHandle stream,
+                  std::unique_lock<std::mutex>& lock);
   template <class Predicate>
   void wait_for(std::unique_lock<std::mutex>& lock, Predicate predicate) {
     changed.wait(lock, [&] { return failure != nullptr || stopping || predicate(); });
@@ -151,7 +163,6 @@ struct Scheduler::Impl {
   DeviceSpans spans;
   std::unique_ptr<Ring> ring;
   StreamHandle upload_stream = 0, download_stream = 0;
-  std::map<std::uint32_t, std::vector<EventHandle>> visit_marks;  // when visits in progress began, traced ones only
   Counters counters{};
 
   std::exception_ptr failure;        // set once, by the lane that failed first

@@ -130,13 +130,14 @@ void Scheduler::Impl::prefetch() {
   }
 }
 
-// Every copy of the chunk's weights is stale. A slot that a visit still holds stays with that visit.
+// Every copy of the chunk's weights is stale. A slot that a visit still holds stays with that visit, and so does the
+// upload that it waits for.
 void Scheduler::Impl::drop_copies(std::uint32_t chunk) {
   Chunk& c = chunks[chunk];
   if (c.slot < 0) return;
   Slot& slot = windows[c.spec.window].slots[c.slot];
   slot.occupant = -1;
-  slot.upload = 0;
+  if (slot.pins == 0 || slot.issued) slot.upload = 0;
   c.slot = -1;
 }
 

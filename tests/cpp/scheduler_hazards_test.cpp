@@ -177,5 +177,64 @@ TEST(SchedulerHazards, SynchronizeWaitsForAnUpdateThatHasNotBegun) {
   }
 }
 
+// The upload that a visit waits for was to bring weights that changed in the meantime: it brings the new ones.
+TEST(SchedulerHazards, AVisitThatWaitsOutlastsChangesOfItsWeights) {
+  for (const bool submits : {false, true}) {
+    Rig rig(host_device(), equal_chunks(2, 5'003), {2}, 7);
+    Gate gate;
+    rig.sink->set_before([&](const char*, std::uint32_t) { gate.pass(); });
+    rig.submit(0);
+    gate.wait_for_arrival();
+    Bytes seen(5'003);
+    std::thread visitor([&] {
+      std::memcpy(seen.data(), rig.scheduler->acquire(0, Phase::forward, 0), seen.size());
+      rig.scheduler->release(0, Phase::forward, 0);
+    });
+    while (rig.scheduler->counters().visits == 0) std::this_thread::yield();
+    if (submits) {
+      rig.submit(0);
+    } else {
+      rig.scheduler->invalidate(0);
+    }
+    gate.open();
+    visitor.join();
+    EXPECT_EQ(seen, rig.expected[0]);
+    rig.visit(0, Phase::forward);
+    rig.visit(1, Phase::forward);
+    rig.check_planes();
+  }
+}
+
+// Two threads visit one chunk, with an update between their acquires: they are in different slots.
+TEST(SchedulerHazards, AThreadReleasesItsOwnVisit) {
+  Rig rig(host_device(), equal_chunks(2, 5'003), {2}, 8);
+  Gate acquired, released;
+  std::thread early([&] {
+    rig.scheduler->acquire(0, Phase::forward, 0);
+    acquired.pass();
+    rig.scheduler->release(0, Phase::forward, 0);
+    released.open();
+  });
+  acquired.wait_for_arrival();
+  rig.submit(0);
+  void* slot = rig.acquire(0, Phase::forward);
+  acquired.open();
+  released.pass();
+  rig.visit(1, Phase::forward);  // where the early visit was
+  rig.scheduler->synchronize();
+  rig.read(slot, 0, 0);
+  rig.scheduler->release(0, Phase::forward, 0);
+  early.join();
+  expect_error(Code::state, {"'chunk 0'"}, [&] { rig.scheduler->release(0, Phase::forward, 0); });
+}
+
+// A visit may end on another thread than it began on.
+TEST(SchedulerHazards, AnotherThreadMayReleaseAVisit) {
+  Rig rig(host_device(), equal_chunks(2, 77), {1}, 9);
+  rig.acquire(0, Phase::forward);
+  std::thread([&] { rig.scheduler->release(0, Phase::forward, 0); }).join();
+  rig.visit(1, Phase::forward);
+}
+
 }  // namespace
 }  // namespace slidecore
