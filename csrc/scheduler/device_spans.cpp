@@ -8,14 +8,6 @@ constexpr std::size_t kMaxPending = 4096;  // bounds the number of live timing e
 DeviceSpans::DeviceSpans(std::shared_ptr<Device> device, EventPool& events, Trace& trace)
     : device_(std::move(device)), events_(events), trace_(trace) {}
 
-DeviceSpans::~DeviceSpans() {
-  for (const Pending& p : pending_) {
-    events_.give(p.start, true);
-    if (!p.keep_end) events_.give(p.end, true);
-  }
-  if (epoch_ != 0) events_.give(epoch_, true);
-}
-
 void DeviceSpans::start(StreamHandle stream) {
   std::lock_guard lock(mutex_);
   if (epoch_ == 0) epoch_ = events_.take(true);

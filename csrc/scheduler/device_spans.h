@@ -13,7 +13,6 @@ namespace slidecore {
 class DeviceSpans {
  public:
   DeviceSpans(std::shared_ptr<Device> device, EventPool& events, Trace& trace);
-  ~DeviceSpans();
 
   // Aligns the device's clock with the trace's: call on an idle device, right after Trace::enable().
   void start(StreamHandle stream);

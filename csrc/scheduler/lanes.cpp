@@ -47,7 +47,7 @@ bool Scheduler::Impl::upload_void(const UploadTask& task) const {
 }
 
 bool Scheduler::Impl::upload_ready(const UploadTask& task) const {
-  if (!task.is_weights) return task.after == 0 || ticket_issued(task.after);
+  if (!task.is_weights) return ticket_issued(task.after);
   const Chunk& chunk = chunks[task.chunk];
   return upload_void(task) || chunk.updated == chunk.submitted;
 }
@@ -100,10 +100,10 @@ void Scheduler::Impl::upload_weights(const UploadTask& task, std::unique_lock<st
 }
 
 void Scheduler::Impl::upload_input(const UploadTask& task, std::unique_lock<std::mutex>& lock) {
-  const EventHandle after = task.after == 0 ? 0 : ticket_event(task.after);
+  const auto after = ticket_event(task.after);
   lock.unlock();
   device->wait(upload_stream, task.after_work);
-  if (after != 0) device->wait(upload_stream, after);
+  if (after != nullptr) device->wait(upload_stream, *after);
   events.give(task.after_work);
   const EventHandle start = spans.mark(upload_stream);
   device->to_device(task.device, task.host, task.bytes, upload_stream);

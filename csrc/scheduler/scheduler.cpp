@@ -8,6 +8,11 @@
 namespace slidecore {
 namespace {
 
+std::shared_ptr<Device> checked(std::shared_ptr<Device> device) {
+  if (device == nullptr) throw Error(Code::invalid_argument, "a scheduler needs a device");
+  return device;
+}
+
 const SchedulerOptions& checked(const SchedulerOptions& options) {
   if (options.piece_bytes == 0 || options.piece_bytes % 4096 != 0) {
     throw Error(Code::invalid_argument, "piece_bytes must be a positive multiple of 4096, not " +
@@ -19,15 +24,19 @@ const SchedulerOptions& checked(const SchedulerOptions& options) {
 
 }  // namespace
 
-Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::vector<ChunkSpec> specs, std::vector<WindowSpec> window_specs,
-                      std::shared_ptr<GradientSink> sink_, SchedulerOptions options_)
-    : device(std::move(device_)),
+Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::shared_ptr<GradientSink> sink_, SchedulerOptions options_)
+    : device(checked(std::move(device_))),
       sink(std::move(sink_)),
       options(checked(options_)),
       trace(options.trace_spans),
       events(device),
-      spans(device, events, trace) {
-  device->bind_thread();
+      spans(device, events, trace) {}
+
+// Delegates, so that the destructor runs if this throws: what was begun is ended.
+Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::vector<ChunkSpec> specs,
+                      std::vector<WindowSpec> window_specs, std::shared_ptr<GradientSink> sink_,
+                      SchedulerOptions options_)
+    : Impl(std::move(device_), std::move(sink_), options_) {
   for (const WindowSpec& spec : window_specs) {
     if (spec.slots.empty()) throw Error(Code::invalid_argument, "a window needs at least one slot");
     Window window;
@@ -75,23 +84,18 @@ void Scheduler::Impl::stop() {
 Scheduler::Impl::~Impl() {
   stop();
   // Copies in flight still use the planes, the slots and the ring.
-  for (StreamHandle stream : {upload_stream, download_stream}) {
+  for (const StreamHandle stream : {upload_stream, download_stream}) {
+    if (stream == 0) continue;
     try {
-      device->bind_thread();
       device->synchronize(stream);
-      device->destroy_stream(stream);
     } catch (const Error&) {
       // The device is gone or failed; there is nothing left to wait for.
     }
-  }
-  for (const Window& window : windows) {
-    for (const Slot& slot : window.slots) {
-      events.give(slot.ready);
-      for (const Release& release : slot.released) events.give(release.event);
+    try {
+      device->destroy_stream(stream);
+    } catch (const Error&) {
+      // It went with the device.
     }
-  }
-  for (const TicketState& ticket : tickets) {
-    if (ticket.event != 0) events.give(ticket.event);
   }
 }
 
@@ -148,7 +152,6 @@ void Scheduler::Impl::await_slot(const Slot& slot, Hold& hold, std::uint32_t chu
 
 void* Scheduler::acquire(std::uint32_t chunk, Phase phase, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
   s.throw_if_failed();
   s.check_chunk(chunk);
@@ -186,7 +189,6 @@ void* Scheduler::acquire(std::uint32_t chunk, Phase phase, StreamHandle stream) 
 
 void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
   s.check_chunk(chunk);
   Chunk& c = s.chunks[chunk];
@@ -215,7 +217,6 @@ void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
 
 Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std::size_t bytes, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
   s.check_chunk(chunk);
@@ -241,7 +242,6 @@ Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std
 
 Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device, std::size_t bytes, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
   DownloadTask task{};
@@ -260,9 +260,9 @@ Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device,
 Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes, StreamHandle stream,
                               Ticket after) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
+  s.check_ticket(after);
   UploadTask task{};
   task.is_weights = false;
   task.chunk = chunk;
@@ -280,32 +280,32 @@ Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, const void* host
 
 bool Scheduler::done(Ticket ticket) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
+  s.check_ticket(ticket);
   if (!s.ticket_issued(ticket)) return false;
-  const EventHandle event = s.ticket_event(ticket);
-  return event == 0 || s.device->done(event);
+  const auto event = s.ticket_event(ticket);
+  return event == nullptr || s.device->done(*event);
 }
 
 void Scheduler::wait(Ticket ticket, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
+  s.check_ticket(ticket);
   s.wait_for(lock, [&] { return s.ticket_issued(ticket); });
-  const EventHandle event = s.ticket_event(ticket);
+  const auto event = s.ticket_event(ticket);
   lock.unlock();
-  if (event != 0) s.device->wait(stream, event);
+  if (event != nullptr) s.device->wait(stream, *event);
 }
 
 void Scheduler::synchronize_ticket(Ticket ticket) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
+  s.check_ticket(ticket);
   s.wait_for(lock, [&] { return s.ticket_issued(ticket); });
-  const EventHandle event = s.ticket_event(ticket);
+  const auto event = s.ticket_event(ticket);
   lock.unlock();
-  if (event != 0) s.device->synchronize_event(event);
+  if (event != nullptr) s.device->synchronize_event(*event);
 }
 
 void Scheduler::invalidate(std::uint32_t chunk) {
@@ -328,7 +328,6 @@ void Scheduler::wait_updates() {
 
 void Scheduler::synchronize() {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
   s.wait_for(lock, [&] {
     return s.uploads.empty() && s.downloads.empty() && s.updates.empty() && s.upload_busy == 0 &&
@@ -345,7 +344,6 @@ void Scheduler::check() {
 }
 
 Trace& Scheduler::trace() {
-  impl_->device->bind_thread();
   impl_->spans.resolve(false);
   return impl_->trace;
 }

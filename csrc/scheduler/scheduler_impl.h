@@ -92,6 +92,7 @@ struct Scheduler::Impl {
   Impl(std::shared_ptr<Device> device, std::vector<ChunkSpec> chunks, std::vector<WindowSpec> windows,
        std::shared_ptr<GradientSink> sink, SchedulerOptions options);
   ~Impl();
+  Impl(std::shared_ptr<Device> device, std::shared_ptr<GradientSink> sink, SchedulerOptions options);
 
   // windows.cpp; all need the mutex
   void set_position(std::uint32_t chunk, Phase phase);
@@ -131,7 +132,8 @@ struct Scheduler::Impl {
   Ticket new_ticket();
   void issue_ticket(Ticket ticket, StreamHandle stream);
   bool ticket_issued(Ticket ticket) const;
-  EventHandle ticket_event(Ticket ticket) const;  // 0: already done
+  void check_ticket(Ticket ticket) const;
+  std::shared_ptr<const EventHandle> ticket_event(Ticket ticket) const;  // of an issued one; null: already done
   void retire_tickets();
 
   const std::shared_ptr<Device> device;
@@ -151,15 +153,13 @@ struct Scheduler::Impl {
   std::deque<UpdateTask> updates;
   int upload_busy = 0, download_busy = 0, update_busy = 0;
 
-  struct TicketState {
-    EventHandle event = 0;
-    bool issued = false;
-  };
-  std::deque<TicketState> tickets;   // of ids first_ticket, first_ticket + 1, ...
-  Ticket first_ticket = 1;
-
   Trace trace;
   EventPool events;
+
+  // Events of the tickets first_ticket, first_ticket + 1, ...; null: not on a stream yet.
+  std::deque<std::shared_ptr<const EventHandle>> tickets;
+  Ticket first_ticket = 1;
+
   DeviceSpans spans;
   std::unique_ptr<Ring> ring;
   StreamHandle upload_stream = 0, download_stream = 0;

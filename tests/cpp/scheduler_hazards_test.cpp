@@ -236,5 +236,127 @@ TEST(SchedulerHazards, AnotherThreadMayReleaseAVisit) {
   rig.visit(1, Phase::forward);
 }
 
+// Saved inputs come back in any order, also those whose save has not run when they are asked for.
+TEST(SchedulerInputs, ComeBackAsTheyWereSaved) {
+  const unsigned seed = new_seed();
+  SCOPED_TRACE(seed_text(seed));
+  Random random(seed);
+  const auto device = host_device();
+  HeldStream held(device);
+  Rig rig(device, equal_chunks(2, 4'001), {1}, seed);
+  struct Input {
+    Bytes original, host;
+    void* device;
+    Ticket saved, fetched;
+  };
+  std::vector<Input> inputs(60);
+  for (Input& input : inputs) {
+    const std::size_t bytes = draw<std::size_t>(random, 1, 9'000);
+    input.original = random_bytes(bytes, random);
+    input.host.resize(bytes);
+    input.device = device->alloc(bytes);
+    device->to_device(input.device, input.original.data(), bytes, held.handle());
+    input.saved = rig.scheduler->save_input(0, input.host.data(), input.device, bytes, held.handle());
+  }
+  EXPECT_FALSE(rig.scheduler->done(inputs.front().saved));
+  std::shuffle(inputs.begin(), inputs.end(), random);
+  const StreamHandle other = device->create_stream();
+  for (Input& input : inputs) {
+    // Into another buffer, on another stream: only `after` orders this fetch behind the save.
+    input.device = device->alloc(input.original.size());
+    input.fetched =
+        rig.scheduler->fetch_input(1, input.device, input.host.data(), input.original.size(), other, input.saved);
+  }
+  rig.visit(1, Phase::forward, other);
+  let_others_run();
+  held.open();
+  std::vector<Bytes> seen;
+  for (Input& input : inputs) seen.emplace_back(input.original.size());
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (i % 3 == 0) {
+      rig.scheduler->wait(inputs[i].fetched, other);
+      device->to_host(seen[i].data(), inputs[i].device, seen[i].size(), other);
+    } else if (i % 3 == 1) {
+      rig.scheduler->synchronize_ticket(inputs[i].fetched);
+      EXPECT_TRUE(rig.scheduler->done(inputs[i].fetched));
+      std::memcpy(seen[i].data(), inputs[i].device, seen[i].size());
+    } else {
+      while (!rig.scheduler->done(inputs[i].fetched)) std::this_thread::yield();
+      std::memcpy(seen[i].data(), inputs[i].device, seen[i].size());
+    }
+  }
+  device->synchronize(other);
+  for (std::size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(seen[i] == inputs[i].original) << "input " << i;
+  rig.scheduler->synchronize();
+  rig.check_visits();
+  for (const Input& input : inputs) {
+    EXPECT_TRUE(rig.scheduler->done(input.saved));
+    rig.scheduler->synchronize_ticket(input.saved);
+    rig.scheduler->wait(input.saved, 0);
+  }
+  device->destroy_stream(other);
+}
+
+// A save behind a gradient in the download lane, and one of no bytes.
+TEST(SchedulerInputs, AreSavedInTheOrderOfTheCalls) {
+  Rig rig(host_device(), equal_chunks(1, 50'000), {1}, 10);
+  Bytes host(8, 0), first(8, 1), second(8, 2);
+  const Ticket gradient = rig.submit(0);
+  rig.scheduler->save_input(0, host.data(), first.data(), 8, 0);
+  const Ticket last = rig.scheduler->save_input(-1, host.data(), second.data(), 8, 0);
+  const Ticket nothing = rig.scheduler->save_input(0, nullptr, nullptr, 0, 0);
+  rig.scheduler->synchronize_ticket(last);
+  EXPECT_EQ(host, second);
+  EXPECT_TRUE(rig.scheduler->done(gradient));
+  rig.scheduler->synchronize_ticket(nothing);
+  rig.check_planes();
+}
+
+TEST(SchedulerInputs, TicketsThatWereNeverGivenAreRefused) {
+  Rig rig(host_device(), equal_chunks(1, 10), {1}, 11);
+  Scheduler& scheduler = *rig.scheduler;
+  EXPECT_TRUE(scheduler.done(0));
+  scheduler.wait(0, 0);
+  scheduler.synchronize_ticket(0);
+  Bytes host(4), memory(4);
+  const Ticket next = scheduler.save_input(0, host.data(), memory.data(), 4, 0) + 1;
+  for (const Ticket ticket : {next, ~Ticket{0}}) {
+    const std::vector<std::string> text = {"no ticket " + std::to_string(ticket)};
+    expect_error(Code::invalid_argument, text, [&] { scheduler.done(ticket); });
+    expect_error(Code::invalid_argument, text, [&] { scheduler.wait(ticket, 0); });
+    expect_error(Code::invalid_argument, text, [&] { scheduler.synchronize_ticket(ticket); });
+    expect_error(Code::invalid_argument, text,
+                 [&] { scheduler.fetch_input(0, memory.data(), host.data(), 4, 0, ticket); });
+  }
+  scheduler.synchronize_ticket(scheduler.fetch_input(0, memory.data(), host.data(), 4, 0, next - 1));
+  scheduler.synchronize();
+}
+
+// While a thread waits for a ticket, the ticket is retired: its event is not recorded for something else meanwhile.
+TEST(SchedulerInputs, AWaitForATicketIsNotALongerOne) {
+  Gate gate;
+  std::atomic<bool> armed{false};
+  HookedDevice hooked([&](const char* function) {
+    if (std::string(function) == "event_synchronize" && armed.exchange(false)) gate.pass();
+    return 0;
+  });
+  HeldStream held(hooked.device());
+  Rig rig(hooked.device(), equal_chunks(1, 10), {1}, 12);
+  Bytes host(4), memory(4);
+  const auto save = [&](StreamHandle stream) {
+    return rig.scheduler->save_input(0, host.data(), memory.data(), 4, stream);
+  };
+  const Ticket ticket = save(0);
+  rig.scheduler->synchronize();
+  armed = true;
+  std::thread waiter([&] { rig.scheduler->synchronize_ticket(ticket); });
+  gate.wait_for_arrival();
+  for (int i = 0; i < 4; ++i) save(held.handle());
+  gate.open();
+  waiter.join();  // although the stream is still held
+  held.open();
+  rig.scheduler->synchronize();
+}
+
 }  // namespace
 }  // namespace slidecore
