@@ -10,6 +10,29 @@
 #include "slidecore/status.h"
 
 namespace slidecore {
+namespace {
+
+// Runs a part of a lane's work; what it throws is an Error that begins with `what()`.
+template <class What, class Work>
+void described(const What& what, const Work& work) {
+  try {
+    work();
+  } catch (const Error& e) {
+    throw Error(e.code(), what() + ": " + e.what());
+  } catch (const std::exception& e) {
+    throw Error(Code::state, what() + ": " + e.what());
+  } catch (...) {
+    throw Error(Code::state, what() + ": an unknown error");
+  }
+}
+
+}  // namespace
+
+// " of chunk 'name'", or nothing for transfers that belong to none.
+std::string Scheduler::Impl::of_chunk(std::int32_t chunk) const {
+  const bool named = chunk >= 0 && static_cast<std::size_t>(chunk) < chunks.size();
+  return named ? " of chunk '" + chunks[chunk].spec.name + "'" : "";
+}
 
 void Scheduler::Impl::run_lane(const char* name, void (Impl::*step)(std::unique_lock<std::mutex>&)) {
   pthread_setname_np(pthread_self(), name);
@@ -65,9 +88,9 @@ void Scheduler::Impl::upload_step(std::unique_lock<std::mutex>& lock) {
   if (!upload_void(task)) {
     ++upload_busy;
     if (task.is_weights) {
-      upload_weights(task, lock);
+      described([&] { return "upload" + of_chunk(task.chunk); }, [&] { upload_weights(task, lock); });
     } else {
-      upload_input(task, lock);
+      described([&] { return "fetch of an input" + of_chunk(task.chunk); }, [&] { upload_input(task, lock); });
     }
     --upload_busy;
   }
@@ -120,9 +143,9 @@ void Scheduler::Impl::download_step(std::unique_lock<std::mutex>& lock) {
   downloads.pop_front();
   ++download_busy;
   if (task.is_gradient) {
-    download_gradient(task, lock);
+    described([&] { return "download of the gradient" + of_chunk(task.chunk); }, [&] { download_gradient(task, lock); });
   } else {
-    download_input(task, lock);
+    described([&] { return "save of an input" + of_chunk(task.chunk); }, [&] { download_input(task, lock); });
   }
   --download_busy;
   changed.notify_all();
@@ -183,22 +206,25 @@ void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
   }
   const EventHandle last_upload = task.first ? chunk.last_upload : 0;
   lock.unlock();
-  if (last_upload != 0) device->synchronize_event(last_upload);
-  device->synchronize_event(task.landed);
+  const auto what = [&] {
+    return "update" + of_chunk(static_cast<std::int32_t>(task.chunk)) + ", bytes " + std::to_string(task.offset) +
+           " to " + std::to_string(task.offset + task.bytes);
+  };
+  described(what, [&] {
+    if (last_upload != 0) device->synchronize_event(last_upload);
+    device->synchronize_event(task.landed);
+  });
   events.give(task.landed);
   const std::int64_t start = trace.now_ns();
-  try {
+  described(what, [&] {
     if (task.first) sink->begin(task.chunk);
     sink->consume(task.chunk, task.offset, task.piece, task.bytes);
     if (task.last) sink->end(task.chunk);
-  } catch (const std::exception& e) {
-    const auto* error = dynamic_cast<const Error*>(&e);
-    throw Error(error != nullptr ? error->code() : Code::state,
-                "update of chunk '" + chunk.spec.name + "', bytes " + std::to_string(task.offset) + " to " +
-                    std::to_string(task.offset + task.bytes) + ": " + e.what());
-  }
-  if (trace.enabled()) {
-    trace.add({Lane::update, SpanKind::update, static_cast<std::int32_t>(task.chunk), start, trace.now_ns(), task.bytes});
+  });
+  const std::int64_t end = trace.now_ns();
+  // The clock restarts with the trace, which may have been turned on or off meanwhile.
+  if (trace.enabled() && end >= start) {
+    trace.add({Lane::update, SpanKind::update, static_cast<std::int32_t>(task.chunk), start, end, task.bytes});
   }
   ring->release(task.piece);
   lock.lock();

@@ -114,6 +114,7 @@ struct Scheduler::Impl {
   void upload_input(const UploadTask& task, std::unique_lock<std::mutex>& lock);
   void download_gradient(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
   void download_input(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
+  std::string of_chunk(std::int32_t chunk) const;
   void fail(const std::string& lane, std::exception_ptr error);
   void stop();
 
