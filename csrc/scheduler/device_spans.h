@@ -1,6 +1,7 @@
 #pragma once
 // Spans of work on device streams, measured by pairs of timing events and entered in the trace once they are done.
 
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -43,7 +44,7 @@ class DeviceSpans {
   Trace& trace_;
   std::mutex mutex_;
   std::deque<Pending> pending_;
-  EventHandle epoch_ = 0;
+  std::atomic<EventHandle> epoch_{0};  // 0: not started, as when someone enabled the trace without start_trace()
 };
 
 }  // namespace slidecore

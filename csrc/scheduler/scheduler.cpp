@@ -350,6 +350,7 @@ Trace& Scheduler::trace() {
 
 void Scheduler::start_trace() {
   synchronize();
+  impl_->spans.resolve(true);  // of a trace before this one, measured from its start
   impl_->trace.enable();
   impl_->spans.start(impl_->upload_stream);
 }
