@@ -123,6 +123,8 @@ void Scheduler::set_schedule(std::vector<Visit> visits) {
   for (const Visit& visit : visits) impl_->check_chunk(visit.chunk);
   impl_->schedule = std::move(visits);
   impl_->position = 0;
+  // A gradient that has not come by now belongs to a step that was given up.
+  for (Chunk& chunk : impl_->chunks) chunk.update_due = false;
   impl_->prefetch();
 }
 

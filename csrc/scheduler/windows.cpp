@@ -17,7 +17,8 @@ void Scheduler::Impl::set_position(std::uint32_t chunk, Phase phase) {
       if (skipped && matches((position + n - 1) % n)) break;
       for (std::size_t j = 0; j <= k; ++j) {
         const Visit& passed = schedule[(position + j) % n];
-        if (passed.updates) chunks[passed.chunk].update_due = true;
+        // After a jump, what was jumped over did not take place: its gradient will not come.
+        if (passed.updates && (j == k || !skipped)) chunks[passed.chunk].update_due = true;
       }
       position = (i + 1) % n;
       if (phase == Phase::forward) chunks[chunk].update_due = false;

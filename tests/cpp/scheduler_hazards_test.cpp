@@ -1,6 +1,8 @@
 // The dependencies between lanes, streams and threads. Work is held back by gates, so that an order that a missing
 // dependency would allow does come about.
 
+#include <array>
+
 #include "device/host_event.h"
 #include "device/host_stream.h"
 #include "scheduler_support.h"
@@ -356,6 +358,108 @@ TEST(SchedulerInputs, AWaitForATicketIsNotALongerOne) {
   waiter.join();  // although the stream is still held
   held.open();
   rig.scheduler->synchronize();
+}
+
+// Threads train chunks of their own through one window, with inputs saved and fetched, and a trace.
+TEST(SchedulerThreads, VisitDifferentChunksAtOnce) {
+  constexpr std::uint32_t threads = 4, chunks = 3;
+  constexpr std::size_t bytes = 10'001;
+  const unsigned seed = new_seed();
+  SCOPED_TRACE(seed_text(seed));
+  const auto device = host_device();
+  std::array<StreamHandle, threads> streams{};
+  for (std::uint32_t t = 1; t < threads; ++t) streams[t] = device->create_stream();  // the first uses stream 0
+  {
+    Rig rig(device, equal_chunks(threads * chunks, bytes), {threads + 1}, seed);
+    rig.scheduler->set_schedule(training_schedule(threads * chunks));
+    rig.scheduler->start_trace();
+    const auto work = [&](std::uint32_t t) {
+      Random random(seed + t);
+      const StreamHandle stream = streams[t];
+      void* gradient = device->alloc(bytes);
+      void* input = device->alloc(bytes);
+      Bytes source(bytes), seen(bytes), host(bytes), back(bytes);
+      Ticket landed = 0;
+      for (int call = 0; call < 40; ++call) {
+        const std::uint32_t chunk = t * chunks + draw<std::uint32_t>(random, 0, chunks - 1);
+        Bytes& expected = rig.expected[chunk];
+        const Phase phase = call % 2 == 0 ? Phase::forward : Phase::backward;
+        const void* slot = rig.scheduler->acquire(chunk, phase, stream);
+        device->to_host(seen.data(), slot, bytes, stream);
+        device->to_device(input, expected.data(), bytes, stream);
+        rig.scheduler->release(chunk, phase, stream);
+        const auto label = static_cast<std::int32_t>(chunk);
+        const Ticket saved = rig.scheduler->save_input(label, host.data(), input, bytes, stream);
+        const Ticket fetched = rig.scheduler->fetch_input(label, input, host.data(), bytes, stream, saved);
+        rig.scheduler->wait(fetched, stream);
+        device->to_host(back.data(), input, bytes, stream);
+        device->synchronize(stream);
+        EXPECT_TRUE(seen == expected) << "thread " << t << ", call " << call << ", " << Rig::name(chunk);
+        EXPECT_TRUE(back == expected);
+        if (phase == Phase::forward) continue;
+        rig.scheduler->synchronize_ticket(landed);
+        randomize(source.data(), bytes, random);
+        device->to_device(gradient, source.data(), bytes, stream);
+        landed = rig.scheduler->submit_gradient(chunk, gradient, bytes, stream);
+        for (std::size_t i = 0; i < bytes; ++i) expected[i] = static_cast<unsigned char>(expected[i] - source[i]);
+        device->synchronize(stream);  // the source is filled again
+      }
+      rig.scheduler->synchronize_ticket(landed);
+    };
+    std::vector<std::thread> workers;
+    for (std::uint32_t t = 0; t < threads; ++t) workers.emplace_back(work, t);
+    for (std::thread& worker : workers) worker.join();
+    rig.check_planes();
+    rig.scheduler->stop_trace();
+    EXPECT_EQ(rig.scheduler->counters().visits, threads * 40u);
+  }
+  for (std::uint32_t t = 1; t < threads; ++t) device->destroy_stream(streams[t]);
+}
+
+// All threads visit all chunks, which nobody changes.
+TEST(SchedulerThreads, ShareChunks) {
+  constexpr std::uint32_t threads = 4;
+  const unsigned seed = new_seed();
+  SCOPED_TRACE(seed_text(seed));
+  Rig rig(host_device(), equal_chunks(6, 5'001), {threads}, seed);
+  rig.scheduler->set_schedule(forward_schedule(6));
+  std::vector<std::thread> workers;
+  for (std::uint32_t t = 0; t < threads; ++t) {
+    workers.emplace_back([&, t] {
+      Random random(seed + t);
+      for (int call = 0; call < 100; ++call) {
+        const auto chunk = draw<std::uint32_t>(random, 0, 5);
+        const void* slot = rig.scheduler->acquire(chunk, Phase::forward, 0);
+        EXPECT_EQ(std::memcmp(slot, rig.expected[chunk].data(), 5'001), 0) << "thread " << t << ", call " << call;
+        rig.scheduler->release(chunk, Phase::forward, 0);
+        if (call % 20 == 0) rig.scheduler->synchronize();
+      }
+    });
+  }
+  for (std::thread& worker : workers) worker.join();
+  rig.check_planes();
+}
+
+// A policy and its reference: one trains, the other is read, on one device and on one of its own.
+TEST(SchedulerThreads, SeveralSchedulersLiveInOneProcess) {
+  const auto shared = host_device();
+  std::vector<std::thread> workers;
+  for (unsigned t = 0; t < 4; ++t) {
+    workers.emplace_back([&, t] {
+      Rig rig(t % 2 == 0 ? shared : host_device(), equal_chunks(4, 7'001), {1 + t % 3}, t);
+      Rig reference(rig.device, equal_chunks(4, 7'001), {2}, t + 100);
+      rig.scheduler->set_schedule(training_schedule(4));
+      reference.scheduler->set_schedule(forward_schedule(4));
+      for (int step = 0; step < 5; ++step) {
+        for (std::uint32_t c = 0; c < 4; ++c) reference.visit(c, Phase::forward);
+        rig.step();
+      }
+      rig.check_planes();
+      reference.check_planes();
+      EXPECT_EQ(reference.sink->submissions, 0u);
+    });
+  }
+  for (std::thread& worker : workers) worker.join();
 }
 
 }  // namespace
