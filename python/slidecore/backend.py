@@ -19,7 +19,11 @@ class Backend:
         """
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        requested = torch.device(device)
+        unsupported = f"device={str(device)!r} is not supported; use 'auto', 'cuda', 'cuda:1' or 'cpu'"
+        try:
+            requested = torch.device(device)
+        except RuntimeError as error:
+            raise UsageError(unsupported) from error
         if requested.type == "cpu":
             self.torch_device = torch.device("cpu")
             self.core = _core.Device("host", 0)
@@ -36,7 +40,7 @@ class Backend:
             torch.cuda.init()
             self.core = _core.Device("hip" if torch.version.hip else "cuda", index)
         else:
-            raise UsageError(f"device={str(device)!r} is not supported; use 'auto', 'cuda', 'cuda:1' or 'cpu'")
+            raise UsageError(unsupported)
         self.is_host = self.core.is_host
         self._held = 0
         self._peak = 0

@@ -31,7 +31,7 @@ from slidecore.planner import (
     plan_head,
 )
 from slidecore.saved_inputs import SavedInputs
-from slidecore.visit import Call, Output, RandomState, Record, Use, Visits, leaves_of, swapped
+from slidecore.visit import Call, Output, RandomState, Record, Use, Visits, leaves_of, swapped, unchanged_buffers
 
 if TYPE_CHECKING:
     from slidecore.head import HeadRecord
@@ -540,7 +540,7 @@ class Engine:
         """Bytes that the graph of one block saves for one sample, found by running it once."""
         state = RandomState.capture(self.backend.torch_device)
         graph = VisitGraph(keep=True)
-        with self.holding(use.chunk, backward=False) as slot:
+        with self.holding(use.chunk, backward=False) as slot, unchanged_buffers(use.module):
 
             def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
                 with swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)):

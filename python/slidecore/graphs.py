@@ -32,17 +32,33 @@ class _SlotReference:
         return slot.as_strided(self._size, self._stride, self._offset)
 
 
+class _Kept:
+    """A saved tensor. Autograd leaves the check of its version to whoever has hooks."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    def get(self) -> torch.Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self._tensor.shape)} that the backward of an offloaded module needs was "
+                f"modified in place after the module had used it. Replace the in-place operation (for example "
+                f"`h += x` by `h = h + x`)"
+            )
+        return self._tensor
+
+
 class _Holder:
     """Stands for a tensor that recomputation brings back. Only the graph owns it, so it goes as autograd goes."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._meta = (tensor.shape, tensor.dtype)
-        self.tensor: torch.Tensor | None = None
+        self.kept: _Kept | None = None
 
     def fill(self, tensor: torch.Tensor) -> None:
         if (tensor.shape, tensor.dtype) != self._meta:
             raise RuntimeError(_NOT_REPEATABLE)
-        self.tensor = tensor.detach()
+        self.kept = _Kept(tensor.detach())
 
 
 _NOT_REPEATABLE = (
@@ -95,7 +111,7 @@ class VisitGraph:
         # The autograd graph holds the hooks: through a weak reference, lest the two keep each other alive for ever.
         myself = weakref.ref(self)
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | _SlotReference | _Holder:
+        def pack(tensor: torch.Tensor) -> _Kept | _SlotReference | _Holder:
             graph = myself()
             assert graph is not None
             if graph._is_weight(tensor):
@@ -103,17 +119,17 @@ class VisitGraph:
                 return _SlotReference(tensor)
             if graph._keep:
                 graph._count(tensor)
-                return tensor
+                return _Kept(tensor)
             holder = _Holder(tensor)
             graph._holders.append(weakref.ref(holder))
             return holder
 
-        def unpack(packed: torch.Tensor | _SlotReference | _Holder) -> torch.Tensor:
-            if isinstance(packed, torch.Tensor):
-                return packed
+        def unpack(packed: _Kept | _SlotReference | _Holder) -> torch.Tensor:
+            if isinstance(packed, _Kept):
+                return packed.get()
             graph = myself()
-            if isinstance(packed, _Holder) and packed.tensor is not None:
-                return packed.tensor
+            if isinstance(packed, _Holder) and packed.kept is not None:
+                return packed.kept.get()
             if isinstance(packed, _Holder) or graph is None or graph._slot is None:
                 raise RuntimeError("an offloaded module's graph was used outside its backward visit")
             return packed.resolve(graph._slot)

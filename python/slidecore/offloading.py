@@ -82,14 +82,22 @@ def offload(
     """
     if _ATTRIBUTE in model.__dict__:
         raise ModelError("this model is offloaded already; slidecore.close(model) undoes it")
-    if any(_ATTRIBUTE in m.__dict__ for m in model.modules()):
-        raise ModelError("a part of this model is offloaded already; offload the outermost model only")
+    if any(id(p) in engine.entries for engine in engines if not engine.closed for p in model.parameters()):
+        raise ModelError(
+            "parameters of this model are offloaded already, with a model that holds it or a part of it; offload the "
+            "outermost model only"
+        )
     if not isinstance(window, int) or window < 1:
         raise ValueError(f"window={window} must be a whole number of at least 1 (2 to overlap)")
     for name, number in (("micro_batch", micro_batch), ("keep_graphs", keep_graphs)):
         least = 1 if name == "micro_batch" else 0
         if number != "auto" and (not isinstance(number, int) or number < least):
             raise ValueError(f"{name}={number!r} must be 'auto' or a whole number of at least {least}")
+    for name, number in (("piece_bytes", piece_bytes), ("ring_pieces", ring_pieces)):
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
+    if threads < 0:
+        raise ValueError(f"threads={threads} must be at least 0 (0 for all usable CPUs less one)")
     budget = None if device_memory is None else parse_size(device_memory, "device_memory")
     backend = Backend(device)
     if compute_dtype is None:
@@ -155,6 +163,14 @@ def _hook(model: nn.Module, engine: Engine) -> None:
     def settle(*_: Any) -> None:
         engine.drain()
 
+    def loading(module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise UsageError(
+                "load_state_dict(assign=True) would put other tensors in the place of the planes that the model "
+                "computes with; use assign=False, which copies into them"
+            )
+        engine.drain()
+
     def apply(function: Any, recurse: bool = True) -> nn.Module:
         """Replaces Module._apply: .to(device), .cuda(), .half() and so on."""
         probe = function(torch.zeros(0, dtype=engine.compute_dtype))
@@ -167,7 +183,7 @@ def _hook(model: nn.Module, engine: Engine) -> None:
     handles = [
         model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
         model.register_state_dict_pre_hook(settle),
-        model.register_load_state_dict_pre_hook(settle),
+        model.register_load_state_dict_pre_hook(loading),
         model.register_load_state_dict_post_hook(loaded),
     ]
     model.__dict__["_apply"] = apply

@@ -33,6 +33,6 @@ def format_size(nbytes: float) -> str:
     """Returns `nbytes` with three significant figures in a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(nbytes) < 1024:
-            return f"{nbytes:.3g} {unit}"
+            return f"{nbytes:.{4 if abs(nbytes) >= 999.5 else 3}g} {unit}"
         nbytes /= 1024
     return f"{nbytes:.3g} TiB"

@@ -176,6 +176,17 @@ def swapped(chunk: Chunk, leaves: dict[Entry, torch.Tensor]) -> Iterator[None]:
                 module._parameters[attribute] = entry.parameter
 
 
+@contextlib.contextmanager
+def unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Undoes what runs beside the training step's own forward do to buffers (the running statistics of BatchNorm)."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.data.copy_(value)  # not a modification that graphs should complain about
+
+
 def leaves_of(chunk: Chunk, slot: torch.Tensor, graph: bool) -> dict[Entry, torch.Tensor]:
     """Parameters over the slot's memory, one for each entry of the chunk."""
     return {
@@ -266,6 +277,7 @@ class Visits:
     def run_forward(self, record: Record, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         engine, use = self._engine, record.use
         before = RandomState.capture(engine.backend.torch_device)
+        versions = [t._version for t in tensors]
         with engine.holding(use.chunk, backward=False) as slot:
             parts = [self._forward_part(record, slot, tensors, 0)]
             if record.micro_batches > 1 and not self._joinable(record, tensors, parts[0]):
@@ -276,6 +288,12 @@ class Visits:
                 parts = [self._forward_part(record, slot, tensors, 0)]
             parts += [self._forward_part(record, slot, tensors, i) for i in range(1, record.micro_batches)]
         if not record.keep_graph:
+            if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
+                raise RuntimeError(
+                    f"{use.name} ({type(use.module).__name__}) modified its input in place, so its recomputation in "
+                    f"backward would start from other values. Replace the in-place operation (for example `x += y` by "
+                    f"`x = x + y`)"
+                )
             record.saved = [
                 engine.saved_inputs.save(
                     t, use.chunk.index, on_device=engine.stays_on_device(use, t, needs_grad), shared=not needs_grad
@@ -376,7 +394,7 @@ class Visits:
                 args, kwargs = record.call.put(own)
                 return Output.take(use.forward(*args, **kwargs))[1]
 
-        with record.random[index].restored(engine.backend.torch_device):
+        with record.random[index].restored(engine.backend.torch_device), unchanged_buffers(use.module):
             graph.refill(slot, inputs, module)
         engine.backend.hold(graph.nbytes)
 
