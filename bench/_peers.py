@@ -104,6 +104,10 @@ class System:
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
+    def trace(self, ids: torch.Tensor) -> dict[str, Any]:
+        """More facts about a step, found after the timed ones; most systems have none."""
+        return {}
+
     def synchronize(self) -> None:
         """Returns when every step taken so far is complete, its update included."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import _model
@@ -30,6 +31,7 @@ class Slidecore(_peers.System):
         self._slidecore = slidecore
         self._device = device
         lr, weight_decay = float(options.pop("lr")), float(options.pop("weight_decay"))
+        self._trace_directory = options.pop("trace", None)
         model = _model.build_empty(shape)
         self.parameters = _model.parameter_count(model)
         settings: dict[str, Any] = {"device": str(device), "compute_dtype": torch.bfloat16, **options}
@@ -50,6 +52,27 @@ class Slidecore(_peers.System):
         self._slidecore.synchronize(self._model)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    def trace(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Traces two more steps; writes them as a Chrome trace and, where matplotlib is installed, as a picture."""
+        if self._trace_directory is None:
+            return {}
+        from slidecore.errors import MissingDependencyError
+        from slidecore.finetune.plots import plot_timeline
+
+        with self._slidecore.trace(self._model) as trace:
+            for _ in range(2):
+                self.step(ids)
+            self.synchronize()
+        directory = Path(self._trace_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        trace.save(directory / f"trace-{ids.size(0)}.json")
+        try:
+            title = f"Lanes over two steps of {ids.numel()} tokens"
+            plot_timeline(directory / f"timeline-{ids.size(0)}.png", trace.spans, title=title)
+        except MissingDependencyError as error:
+            print(f"slidecore: no picture of the lanes: {error.message}", file=sys.stderr)
+        return {"trace": trace.summary}
 
     def facts(self) -> dict[str, Any]:
         from slidecore import _core
@@ -204,6 +227,7 @@ def main() -> int:
         for batch in job["batches"]:
             stage = f"batch {batch}"
             result = run_batch(system, shape, batch, job["steps"], job["warmup"], job["seed"], device)
+            result.update(_plain(system.trace(_model.tokens(shape, batch, job["seed"], device))))
             tell("batch", result=result)
         stage = "end"
         tell("done", facts=_plain(system.facts()))

@@ -77,6 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     run.add_argument("--device-memory", help="slidecore's device budget, e.g. 7GiB")
     run.add_argument("--window", type=int, help="slidecore's slots")
+    run.add_argument("--trace", metavar="DIR", help="write slidecore's lanes over two steps there, per batch")
     run.add_argument("--micro-batch", type=int, help="slidecore's sequences in a micro-batch")
     run.add_argument("--slidecore-options", type=_options, default={}, help="JSON: more arguments of slidecore.offload")
     run.add_argument("--resident-options", type=_options, default={}, help="JSON: micro_batch, recompute, tile")
@@ -119,7 +120,7 @@ def _system_options(arguments: argparse.Namespace, system: str) -> dict[str, Any
     elif system == "fsdp2-offload":
         options.update(arguments.fsdp2_options)
     else:
-        for key in ("device_memory", "window", "micro_batch"):
+        for key in ("device_memory", "window", "micro_batch", "trace"):
             value = getattr(arguments, key)
             if value is not None:
                 options[key] = value

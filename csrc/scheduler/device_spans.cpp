@@ -1,5 +1,7 @@
 #include "scheduler/device_spans.h"
 
+#include <algorithm>
+
 namespace slidecore {
 namespace {
 constexpr std::size_t kMaxPending = 4096;  // bounds the number of live timing events
@@ -8,23 +10,16 @@ constexpr std::size_t kMaxPending = 4096;  // bounds the number of live timing e
 DeviceSpans::DeviceSpans(std::shared_ptr<Device> device, EventPool& events, Trace& trace)
     : device_(std::move(device)), events_(events), trace_(trace) {}
 
-DeviceSpans::~DeviceSpans() {
-  for (const Pending& p : pending_) {
-    events_.give(p.start, true);
-    if (!p.keep_end) events_.give(p.end, true);
-  }
-  if (epoch_ != 0) events_.give(epoch_, true);
-}
-
 void DeviceSpans::start(StreamHandle stream) {
   std::lock_guard lock(mutex_);
-  if (epoch_ == 0) epoch_ = events_.take(true);
-  device_->record(epoch_, stream);
-  device_->synchronize_event(epoch_);
+  const EventHandle epoch = epoch_ != 0 ? epoch_.load() : events_.take(true);
+  device_->record(epoch, stream);
+  device_->synchronize_event(epoch);
+  epoch_ = epoch;
 }
 
 EventHandle DeviceSpans::mark(StreamHandle stream) {
-  if (!trace_.enabled()) return 0;
+  if (!trace_.enabled() || epoch_ == 0) return 0;
   EventHandle event = events_.take(true);
   device_->record(event, stream);
   return event;
@@ -50,9 +45,10 @@ void DeviceSpans::resolve_front() {
   Pending p = pending_.front();
   pending_.pop_front();
   device_->synchronize_event(p.end);
-  p.span.start_ns = static_cast<std::int64_t>(device_->elapsed_ms(epoch_, p.start) * 1e6);
+  // What began before the trace did is shown from there on.
+  p.span.start_ns = std::max<std::int64_t>(0, static_cast<std::int64_t>(device_->elapsed_ms(epoch_, p.start) * 1e6));
   p.span.end_ns = static_cast<std::int64_t>(device_->elapsed_ms(epoch_, p.end) * 1e6);
-  trace_.add(p.span);
+  if (p.span.end_ns >= p.span.start_ns) trace_.add(p.span);
   events_.give(p.start, true);
   // A kept end is the start of a later span in this queue, which gives it back.
   if (!p.keep_end) events_.give(p.end, true);

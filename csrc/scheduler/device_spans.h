@@ -1,6 +1,7 @@
 #pragma once
 // Spans of work on device streams, measured by pairs of timing events and entered in the trace once they are done.
 
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -13,7 +14,6 @@ namespace slidecore {
 class DeviceSpans {
  public:
   DeviceSpans(std::shared_ptr<Device> device, EventPool& events, Trace& trace);
-  ~DeviceSpans();
 
   // Aligns the device's clock with the trace's: call on an idle device, right after Trace::enable().
   void start(StreamHandle stream);
@@ -44,7 +44,7 @@ class DeviceSpans {
   Trace& trace_;
   std::mutex mutex_;
   std::deque<Pending> pending_;
-  EventHandle epoch_ = 0;
+  std::atomic<EventHandle> epoch_{0};  // 0: not started, as when someone enabled the trace without start_trace()
 };
 
 }  // namespace slidecore

@@ -3,13 +3,11 @@
 namespace slidecore {
 
 EventPool::~EventPool() {
-  for (auto* free : {&plain_, &timing_}) {
-    for (EventHandle event : *free) {
-      try {
-        device_->destroy_event(event);
-      } catch (const Error&) {
-        // The context may be gone at process exit; the event went with it.
-      }
+  for (const EventHandle event : all_) {
+    try {
+      device_->destroy_event(event);
+    } catch (const Error&) {
+      // The context may be gone at process exit; the event went with it.
     }
   }
 }
@@ -24,12 +22,22 @@ EventHandle EventPool::take(bool timing) {
       return event;
     }
   }
-  return device_->create_event(timing);
+  const EventHandle event = device_->create_event(timing);
+  std::lock_guard lock(mutex_);
+  all_.push_back(event);
+  return event;
 }
 
 void EventPool::give(EventHandle event, bool timing) {
   std::lock_guard lock(mutex_);
   (timing ? timing_ : plain_).push_back(event);
+}
+
+std::shared_ptr<const EventHandle> EventPool::share() {
+  return {new EventHandle(take()), [this](const EventHandle* event) {
+            give(*event);
+            delete event;
+          }};
 }
 
 }  // namespace slidecore

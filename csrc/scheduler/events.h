@@ -1,5 +1,6 @@
 #pragma once
-// Reuses events: creating one is a driver call, and a step needs thousands.
+// Reuses events: creating one is a driver call, and a step needs thousands. The pool owns every event it made, also
+// those that work which was dropped never gave back.
 
 #include <memory>
 #include <mutex>
@@ -17,11 +18,13 @@ class EventPool {
   EventHandle take(bool timing = false);
   // The event's last record may still be pending: a later record replaces it.
   void give(EventHandle event, bool timing = false);
+  // An event that is given back with its last reference: while someone waits for it, nobody records it again.
+  std::shared_ptr<const EventHandle> share();
 
  private:
   std::shared_ptr<Device> device_;
   std::mutex mutex_;
-  std::vector<EventHandle> plain_, timing_;
+  std::vector<EventHandle> all_, plain_, timing_;
 };
 
 }  // namespace slidecore

@@ -4,11 +4,35 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "scheduler/scheduler_impl.h"
 #include "slidecore/status.h"
 
 namespace slidecore {
+namespace {
+
+// Runs a part of a lane's work; what it throws is an Error that begins with `what()`.
+template <class What, class Work>
+void described(const What& what, const Work& work) {
+  try {
+    work();
+  } catch (const Error& e) {
+    throw Error(e.code(), what() + ": " + e.what());
+  } catch (const std::exception& e) {
+    throw Error(Code::state, what() + ": " + e.what());
+  } catch (...) {
+    throw Error(Code::state, what() + ": an unknown error");
+  }
+}
+
+}  // namespace
+
+// " of chunk 'name'", or nothing for transfers that belong to none.
+std::string Scheduler::Impl::of_chunk(std::int32_t chunk) const {
+  const bool named = chunk >= 0 && static_cast<std::size_t>(chunk) < chunks.size();
+  return named ? " of chunk '" + chunks[chunk].spec.name + "'" : "";
+}
 
 void Scheduler::Impl::run_lane(const char* name, void (Impl::*step)(std::unique_lock<std::mutex>&)) {
   pthread_setname_np(pthread_self(), name);
@@ -46,7 +70,7 @@ bool Scheduler::Impl::upload_void(const UploadTask& task) const {
 }
 
 bool Scheduler::Impl::upload_ready(const UploadTask& task) const {
-  if (!task.is_weights) return task.after == 0 || ticket_issued(task.after);
+  if (!task.is_weights) return ticket_issued(task.after);
   const Chunk& chunk = chunks[task.chunk];
   return upload_void(task) || chunk.updated == chunk.submitted;
 }
@@ -64,9 +88,9 @@ void Scheduler::Impl::upload_step(std::unique_lock<std::mutex>& lock) {
   if (!upload_void(task)) {
     ++upload_busy;
     if (task.is_weights) {
-      upload_weights(task, lock);
+      described([&] { return "upload" + of_chunk(task.chunk); }, [&] { upload_weights(task, lock); });
     } else {
-      upload_input(task, lock);
+      described([&] { return "fetch of an input" + of_chunk(task.chunk); }, [&] { upload_input(task, lock); });
     }
     --upload_busy;
   }
@@ -76,11 +100,14 @@ void Scheduler::Impl::upload_step(std::unique_lock<std::mutex>& lock) {
 void Scheduler::Impl::upload_weights(const UploadTask& task, std::unique_lock<std::mutex>& lock) {
   Chunk& chunk = chunks[task.chunk];
   Slot& slot = windows[task.window].slots[task.slot];
-  const EventHandle released = slot.was_released ? slot.released : 0;
+  const std::vector<Release> released = std::exchange(slot.released, {});
   const ChunkSpec& spec = chunk.spec;
   ++chunk.reading;
   lock.unlock();
-  if (released != 0) device->wait(upload_stream, released);
+  for (const Release& release : released) {
+    device->wait(upload_stream, release.event);
+    events.give(release.event);
+  }
   const EventHandle start = spans.mark(upload_stream);
   device->to_device(slot.address, spec.weight, spec.weight_bytes, upload_stream);
   const EventHandle end = spans.mark(upload_stream);
@@ -96,10 +123,10 @@ void Scheduler::Impl::upload_weights(const UploadTask& task, std::unique_lock<st
 }
 
 void Scheduler::Impl::upload_input(const UploadTask& task, std::unique_lock<std::mutex>& lock) {
-  const EventHandle after = task.after == 0 ? 0 : ticket_event(task.after);
+  const auto after = ticket_event(task.after);
   lock.unlock();
   device->wait(upload_stream, task.after_work);
-  if (after != 0) device->wait(upload_stream, after);
+  if (after != nullptr) device->wait(upload_stream, *after);
   events.give(task.after_work);
   const EventHandle start = spans.mark(upload_stream);
   device->to_device(task.device, task.host, task.bytes, upload_stream);
@@ -116,9 +143,9 @@ void Scheduler::Impl::download_step(std::unique_lock<std::mutex>& lock) {
   downloads.pop_front();
   ++download_busy;
   if (task.is_gradient) {
-    download_gradient(task, lock);
+    described([&] { return "download of the gradient" + of_chunk(task.chunk); }, [&] { download_gradient(task, lock); });
   } else {
-    download_input(task, lock);
+    described([&] { return "save of an input" + of_chunk(task.chunk); }, [&] { download_input(task, lock); });
   }
   --download_busy;
   changed.notify_all();
@@ -170,6 +197,7 @@ void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
   if (stopping || failure != nullptr) return;
   const UpdateTask task = updates.front();
   updates.pop_front();
+  ++update_busy;  // from here on, lest synchronize() finds neither the task in the queue nor the lane at work
   Chunk& chunk = chunks[task.chunk];
   if (task.first) {
     // From here on the plane changes: no upload may be reading it. New ones wait, as submitted > updated.
@@ -177,24 +205,26 @@ void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
     if (stopping || failure != nullptr) return;
   }
   const EventHandle last_upload = task.first ? chunk.last_upload : 0;
-  ++update_busy;
   lock.unlock();
-  if (last_upload != 0) device->synchronize_event(last_upload);
-  device->synchronize_event(task.landed);
+  const auto what = [&] {
+    return "update" + of_chunk(static_cast<std::int32_t>(task.chunk)) + ", bytes " + std::to_string(task.offset) +
+           " to " + std::to_string(task.offset + task.bytes);
+  };
+  described(what, [&] {
+    if (last_upload != 0) device->synchronize_event(last_upload);
+    device->synchronize_event(task.landed);
+  });
   events.give(task.landed);
   const std::int64_t start = trace.now_ns();
-  try {
+  described(what, [&] {
     if (task.first) sink->begin(task.chunk);
     sink->consume(task.chunk, task.offset, task.piece, task.bytes);
     if (task.last) sink->end(task.chunk);
-  } catch (const std::exception& e) {
-    const auto* error = dynamic_cast<const Error*>(&e);
-    throw Error(error != nullptr ? error->code() : Code::state,
-                "update of chunk '" + chunk.spec.name + "', bytes " + std::to_string(task.offset) + " to " +
-                    std::to_string(task.offset + task.bytes) + ": " + e.what());
-  }
-  if (trace.enabled()) {
-    trace.add({Lane::update, SpanKind::update, static_cast<std::int32_t>(task.chunk), start, trace.now_ns(), task.bytes});
+  });
+  const std::int64_t end = trace.now_ns();
+  // The clock restarts with the trace, which may have been turned on or off meanwhile.
+  if (trace.enabled() && end >= start) {
+    trace.add({Lane::update, SpanKind::update, static_cast<std::int32_t>(task.chunk), start, end, task.bytes});
   }
   ring->release(task.piece);
   lock.lock();

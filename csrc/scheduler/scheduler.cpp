@@ -1,10 +1,17 @@
 #include "slidecore/scheduler.h"
 
+#include <algorithm>
+
 #include "scheduler/scheduler_impl.h"
 #include "slidecore/status.h"
 
 namespace slidecore {
 namespace {
+
+std::shared_ptr<Device> checked(std::shared_ptr<Device> device) {
+  if (device == nullptr) throw Error(Code::invalid_argument, "a scheduler needs a device");
+  return device;
+}
 
 const SchedulerOptions& checked(const SchedulerOptions& options) {
   if (options.piece_bytes == 0 || options.piece_bytes % 4096 != 0) {
@@ -17,15 +24,19 @@ const SchedulerOptions& checked(const SchedulerOptions& options) {
 
 }  // namespace
 
-Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::vector<ChunkSpec> specs, std::vector<WindowSpec> window_specs,
-                      std::shared_ptr<GradientSink> sink_, SchedulerOptions options_)
-    : device(std::move(device_)),
+Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::shared_ptr<GradientSink> sink_, SchedulerOptions options_)
+    : device(checked(std::move(device_))),
       sink(std::move(sink_)),
       options(checked(options_)),
       trace(options.trace_spans),
       events(device),
-      spans(device, events, trace) {
-  device->bind_thread();
+      spans(device, events, trace) {}
+
+// Delegates, so that the destructor runs if this throws: what was begun is ended.
+Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::vector<ChunkSpec> specs,
+                      std::vector<WindowSpec> window_specs, std::shared_ptr<GradientSink> sink_,
+                      SchedulerOptions options_)
+    : Impl(std::move(device_), std::move(sink_), options_) {
   for (const WindowSpec& spec : window_specs) {
     if (spec.slots.empty()) throw Error(Code::invalid_argument, "a window needs at least one slot");
     Window window;
@@ -34,7 +45,6 @@ Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::vector<ChunkSpec> sp
       Slot slot;
       slot.address = address;
       slot.ready = events.take();
-      slot.released = events.take();
       window.slots.push_back(slot);
     }
     windows.push_back(std::move(window));
@@ -74,23 +84,18 @@ void Scheduler::Impl::stop() {
 Scheduler::Impl::~Impl() {
   stop();
   // Copies in flight still use the planes, the slots and the ring.
-  for (StreamHandle stream : {upload_stream, download_stream}) {
+  for (const StreamHandle stream : {upload_stream, download_stream}) {
+    if (stream == 0) continue;
     try {
-      device->bind_thread();
       device->synchronize(stream);
-      device->destroy_stream(stream);
     } catch (const Error&) {
       // The device is gone or failed; there is nothing left to wait for.
     }
-  }
-  for (const Window& window : windows) {
-    for (const Slot& slot : window.slots) {
-      events.give(slot.ready);
-      events.give(slot.released);
+    try {
+      device->destroy_stream(stream);
+    } catch (const Error&) {
+      // It went with the device.
     }
-  }
-  for (const TicketState& ticket : tickets) {
-    if (ticket.event != 0) events.give(ticket.event);
   }
 }
 
@@ -118,66 +123,95 @@ void Scheduler::set_schedule(std::vector<Visit> visits) {
   for (const Visit& visit : visits) impl_->check_chunk(visit.chunk);
   impl_->schedule = std::move(visits);
   impl_->position = 0;
+  // A gradient that has not come by now belongs to a step that was given up.
+  for (Chunk& chunk : impl_->chunks) chunk.update_due = false;
   impl_->prefetch();
+}
+
+// The thread's own innermost visit: another thread's may be in another slot, if an update came in between. A thread
+// that has none releases the innermost of all.
+std::list<Hold>::iterator Chunk::hold_to_release(std::thread::id thread) {
+  auto found = held.end();
+  for (auto hold = held.begin(); hold != held.end(); ++hold) {
+    if (!hold->granted) continue;
+    if (found == held.end() || hold->thread == thread || found->thread != thread) found = hold;
+  }
+  return found;
+}
+
+// Returns once `stream` waits for the upload into the slot.
+void Scheduler::Impl::await_slot(const Slot& slot, Hold& hold, std::uint32_t chunk, StreamHandle stream,
+                                 std::unique_lock<std::mutex>& lock) {
+  wait_for(lock, [&] { return slot.issued; });
+  lock.unlock();
+  const EventHandle before = spans.mark(stream);
+  device->wait(stream, slot.ready);
+  hold.began = spans.mark(stream);
+  spans.add(Lane::compute, SpanKind::wait, static_cast<std::int32_t>(chunk), before, hold.began, 0, /*keep_end=*/true);
+  lock.lock();
+  hold.granted = true;
 }
 
 void* Scheduler::acquire(std::uint32_t chunk, Phase phase, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
   s.throw_if_failed();
   s.check_chunk(chunk);
   Chunk& c = s.chunks[chunk];
   Window& window = s.windows[c.spec.window];
-  s.set_position(chunk, phase);
-  ++s.counters.visits;
-  if (c.slot >= 0) {
-    ++s.counters.hits;
-  } else {
-    const std::int32_t free_slot = s.victim(window, std::vector<bool>(window.slots.size(), false));
-    if (free_slot < 0) {
-      throw Error(Code::state, "no slot for chunk '" + c.spec.name + "': all " + std::to_string(window.slots.size()) +
-                                   " slots of its window are held by visits in progress; use a larger window");
-    }
-    s.assign(chunk, static_cast<std::uint32_t>(free_slot));
+  const auto is_held = [](const Slot& slot) { return slot.pins > 0; };
+  if (c.slot < 0 && std::all_of(window.slots.begin(), window.slots.end(), is_held)) {
+    throw Error(Code::state, "no slot for chunk '" + c.spec.name + "': all " + std::to_string(window.slots.size()) +
+                                 " slots of its window are held by visits in progress; use a larger window");
   }
-  const std::int32_t index = c.slot;
+  s.set_position(chunk, phase);
+  const bool hit = c.slot >= 0;
+  if (!hit) {
+    const std::int32_t victim = s.victim(window, std::vector<bool>(window.slots.size(), false));
+    s.assign(chunk, static_cast<std::uint32_t>(victim));
+  }
+  const auto index = static_cast<std::uint32_t>(c.slot);
   Slot& slot = window.slots[index];
+  const auto hold = c.held.insert(c.held.end(), {index, std::this_thread::get_id()});
   ++slot.pins;
-  c.held.push_back(index);
+  ++s.counters.visits;
+  if (hit) ++s.counters.hits;
   s.prefetch();
-  s.wait_for(lock, [&] { return slot.issued; });
-  lock.unlock();
-  const EventHandle before = s.spans.mark(stream);
-  s.device->wait(stream, slot.ready);
-  const EventHandle after = s.spans.mark(stream);
-  s.spans.add(Lane::compute, SpanKind::wait, static_cast<std::int32_t>(chunk), before, after, 0, /*keep_end=*/true);
-  lock.lock();
-  if (after != 0) s.visit_marks[chunk].push_back(after);
+  try {
+    s.await_slot(slot, *hold, chunk, stream, lock);
+  } catch (...) {
+    // The visit does not take place.
+    if (!lock.owns_lock()) lock.lock();
+    --slot.pins;
+    c.held.erase(hold);
+    throw;
+  }
   return slot.address;
 }
 
 void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
   s.check_chunk(chunk);
   Chunk& c = s.chunks[chunk];
-  if (c.held.empty()) throw Error(Code::state, "chunk '" + c.spec.name + "' is released but no visit holds it");
-  Slot& slot = s.windows[c.spec.window].slots[c.held.back()];
-  c.held.pop_back();
-  // Events are of one stream: what an earlier visit did on another stream must be part of this one's.
-  if (slot.was_released && slot.released_on != stream) s.device->wait(stream, slot.released);
-  s.device->record(slot.released, stream);
-  slot.was_released = true;
-  slot.released_on = stream;
+  const auto hold = c.hold_to_release(std::this_thread::get_id());
+  if (hold == c.held.end()) throw Error(Code::state, "chunk '" + c.spec.name + "' is released but no visit holds it");
+  Slot& slot = s.windows[c.spec.window].slots[hold->slot];
+  // What may fail comes first: the visit holds its slot until its end is recorded.
+  const EventHandle ended = hold->began == 0 ? 0 : s.spans.mark(stream);
+  // A visit on another stream has an event of its own: neither stream has to wait for the other's work.
+  auto release = std::find_if(slot.released.begin(), slot.released.end(),
+                              [&](const Release& r) { return r.stream == stream; });
+  if (release == slot.released.end()) {
+    release = slot.released.insert(release, {stream, s.events.take()});
+  }
+  s.device->record(release->event, stream);
+  const EventHandle began = hold->began;
+  c.held.erase(hold);
   --slot.pins;
-  auto marks = s.visit_marks.find(chunk);
-  if (marks != s.visit_marks.end() && !marks->second.empty()) {
-    const EventHandle start = marks->second.back();
-    marks->second.pop_back();
+  if (began != 0) {
     const SpanKind kind = phase == Phase::forward ? SpanKind::visit_forward : SpanKind::visit_backward;
-    s.spans.add(Lane::compute, kind, static_cast<std::int32_t>(chunk), start, s.spans.mark(stream), 0);
+    s.spans.add(Lane::compute, kind, static_cast<std::int32_t>(chunk), began, ended, 0);
   }
   s.throw_if_failed();
   s.prefetch();
@@ -185,15 +219,11 @@ void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
 
 Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std::size_t bytes, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
   s.check_chunk(chunk);
   if (!s.sink) throw Error(Code::state, "a gradient was submitted, but this scheduler has no sink for gradients");
   if (bytes == 0) throw Error(Code::invalid_argument, "the gradient of chunk '" + s.chunks[chunk].spec.name + "' is empty");
-  ++s.chunks[chunk].submitted;
-  s.drop_copies(chunk);
-  s.pass_update(chunk);
   DownloadTask task{};
   task.is_gradient = true;
   task.chunk = static_cast<std::int32_t>(chunk);
@@ -203,6 +233,10 @@ Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std
   s.device->record(task.after_work, stream);
   task.ticket = s.new_ticket();
   s.downloads.push_back(task);
+  // Only now, as device calls may fail: uploads of the chunk would wait for ever for a gradient that is not queued.
+  ++s.chunks[chunk].submitted;
+  s.drop_copies(chunk);
+  s.pass_update(chunk);
   s.prefetch();
   s.changed.notify_all();
   return task.ticket;
@@ -210,7 +244,6 @@ Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std
 
 Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device, std::size_t bytes, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
   DownloadTask task{};
@@ -229,9 +262,9 @@ Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device,
 Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes, StreamHandle stream,
                               Ticket after) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
+  s.check_ticket(after);
   UploadTask task{};
   task.is_weights = false;
   task.chunk = chunk;
@@ -249,32 +282,32 @@ Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, const void* host
 
 bool Scheduler::done(Ticket ticket) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
+  s.check_ticket(ticket);
   if (!s.ticket_issued(ticket)) return false;
-  const EventHandle event = s.ticket_event(ticket);
-  return event == 0 || s.device->done(event);
+  const auto event = s.ticket_event(ticket);
+  return event == nullptr || s.device->done(*event);
 }
 
 void Scheduler::wait(Ticket ticket, StreamHandle stream) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
+  s.check_ticket(ticket);
   s.wait_for(lock, [&] { return s.ticket_issued(ticket); });
-  const EventHandle event = s.ticket_event(ticket);
+  const auto event = s.ticket_event(ticket);
   lock.unlock();
-  if (event != 0) s.device->wait(stream, event);
+  if (event != nullptr) s.device->wait(stream, *event);
 }
 
 void Scheduler::synchronize_ticket(Ticket ticket) {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
+  s.check_ticket(ticket);
   s.wait_for(lock, [&] { return s.ticket_issued(ticket); });
-  const EventHandle event = s.ticket_event(ticket);
+  const auto event = s.ticket_event(ticket);
   lock.unlock();
-  if (event != 0) s.device->synchronize_event(event);
+  if (event != nullptr) s.device->synchronize_event(*event);
 }
 
 void Scheduler::invalidate(std::uint32_t chunk) {
@@ -297,7 +330,6 @@ void Scheduler::wait_updates() {
 
 void Scheduler::synchronize() {
   Impl& s = *impl_;
-  s.device->bind_thread();
   std::unique_lock lock(s.mutex);
   s.wait_for(lock, [&] {
     return s.uploads.empty() && s.downloads.empty() && s.updates.empty() && s.upload_busy == 0 &&
@@ -314,13 +346,13 @@ void Scheduler::check() {
 }
 
 Trace& Scheduler::trace() {
-  impl_->device->bind_thread();
   impl_->spans.resolve(false);
   return impl_->trace;
 }
 
 void Scheduler::start_trace() {
   synchronize();
+  impl_->spans.resolve(true);  // of a trace before this one, measured from its start
   impl_->trace.enable();
   impl_->spans.start(impl_->upload_stream);
 }

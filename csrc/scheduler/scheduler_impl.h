@@ -5,7 +5,7 @@
 #include <condition_variable>
 #include <deque>
 #include <exception>
-#include <map>
+#include <list>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -16,6 +16,12 @@
 
 namespace slidecore {
 
+// The last work of visits on one stream that read a slot.
+struct Release {
+  StreamHandle stream;
+  EventHandle event;
+};
+
 struct Slot {
   void* address = nullptr;
   std::int32_t occupant = -1;        // chunk whose current weights are here or on their way, -1: none
@@ -23,9 +29,7 @@ struct Slot {
   bool issued = false;               // that upload is on the upload stream: `ready` can be waited for
   int pins = 0;                      // visits that hold it
   EventHandle ready = 0;             // the upload into it
-  EventHandle released = 0;          // the last visit's work in it
-  StreamHandle released_on = 0;
-  bool was_released = false;
+  std::vector<Release> released;     // visits' work in it since the last upload, one event for each stream
 };
 
 struct Window {
@@ -33,15 +37,25 @@ struct Window {
   std::vector<Slot> slots;
 };
 
+// A visit in progress.
+struct Hold {
+  std::uint32_t slot;
+  std::thread::id thread;
+  bool granted = false;              // acquire() has returned or is about to; else it waits for the upload
+  EventHandle began = 0;             // timing event, if traced
+};
+
 struct Chunk {
   ChunkSpec spec;
   std::int32_t slot = -1;            // in its window, -1: not there
-  std::vector<std::int32_t> held;    // slots of visits in progress, innermost last
+  std::list<Hold> held;              // innermost last
   std::uint64_t submitted = 0;       // gradients handed over
   std::uint64_t updated = 0;         // gradients consumed
   bool update_due = false;           // a visit that ends in an update was passed, its gradient is still to come
   int reading = 0;                   // uploads being put on the stream right now
   EventHandle last_upload = 0;       // event of the last upload that read the plane
+
+  std::list<Hold>::iterator hold_to_release(std::thread::id thread);
 };
 
 struct UploadTask {
@@ -78,6 +92,7 @@ struct Scheduler::Impl {
   Impl(std::shared_ptr<Device> device, std::vector<ChunkSpec> chunks, std::vector<WindowSpec> windows,
        std::shared_ptr<GradientSink> sink, SchedulerOptions options);
   ~Impl();
+  Impl(std::shared_ptr<Device> device, std::shared_ptr<GradientSink> sink, SchedulerOptions options);
 
   // windows.cpp; all need the mutex
   void set_position(std::uint32_t chunk, Phase phase);
@@ -99,12 +114,15 @@ struct Scheduler::Impl {
   void upload_input(const UploadTask& task, std::unique_lock<std::mutex>& lock);
   void download_gradient(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
   void download_input(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
+  std::string of_chunk(std::int32_t chunk) const;
   void fail(const std::string& lane, std::exception_ptr error);
   void stop();
 
   // scheduler.cpp
   void throw_if_failed() const;
   void check_chunk(std::uint32_t chunk) const;
+  void await_slot(const Slot& slot, Hold& hold, std::uint32_t chunk, StreamHandle stream,
+                  std::unique_lock<std::mutex>& lock);
   template <class Predicate>
   void wait_for(std::unique_lock<std::mutex>& lock, Predicate predicate) {
     changed.wait(lock, [&] { return failure != nullptr || stopping || predicate(); });
@@ -115,7 +133,8 @@ struct Scheduler::Impl {
   Ticket new_ticket();
   void issue_ticket(Ticket ticket, StreamHandle stream);
   bool ticket_issued(Ticket ticket) const;
-  EventHandle ticket_event(Ticket ticket) const;  // 0: already done
+  void check_ticket(Ticket ticket) const;
+  std::shared_ptr<const EventHandle> ticket_event(Ticket ticket) const;  // of an issued one; null: already done
   void retire_tickets();
 
   const std::shared_ptr<Device> device;
@@ -135,19 +154,16 @@ struct Scheduler::Impl {
   std::deque<UpdateTask> updates;
   int upload_busy = 0, download_busy = 0, update_busy = 0;
 
-  struct TicketState {
-    EventHandle event = 0;
-    bool issued = false;
-  };
-  std::deque<TicketState> tickets;   // of ids first_ticket, first_ticket + 1, ...
-  Ticket first_ticket = 1;
-
   Trace trace;
   EventPool events;
+
+  // Events of the tickets first_ticket, first_ticket + 1, ...; null: not on a stream yet.
+  std::deque<std::shared_ptr<const EventHandle>> tickets;
+  Ticket first_ticket = 1;
+
   DeviceSpans spans;
   std::unique_ptr<Ring> ring;
   StreamHandle upload_stream = 0, download_stream = 0;
-  std::map<std::uint32_t, std::vector<EventHandle>> visit_marks;  // when visits in progress began, traced ones only
   Counters counters{};
 
   std::exception_ptr failure;        // set once, by the lane that failed first

@@ -65,9 +65,10 @@ void Trace::add(const Span& span) {
     ring_.push_back(span);
     return;
   }
+  ++dropped_;
+  if (capacity_ == 0) return;
   ring_[next_] = span;
   next_ = (next_ + 1) % capacity_;
-  ++dropped_;
 }
 
 std::vector<Span> Trace::spans() const {

@@ -17,7 +17,8 @@ void Scheduler::Impl::set_position(std::uint32_t chunk, Phase phase) {
       if (skipped && matches((position + n - 1) % n)) break;
       for (std::size_t j = 0; j <= k; ++j) {
         const Visit& passed = schedule[(position + j) % n];
-        if (passed.updates) chunks[passed.chunk].update_due = true;
+        // After a jump, what was jumped over did not take place: its gradient will not come.
+        if (passed.updates && (j == k || !skipped)) chunks[passed.chunk].update_due = true;
       }
       position = (i + 1) % n;
       if (phase == Phase::forward) chunks[chunk].update_due = false;
@@ -130,13 +131,14 @@ void Scheduler::Impl::prefetch() {
   }
 }
 
-// Every copy of the chunk's weights is stale. A slot that a visit still holds stays with that visit.
+// Every copy of the chunk's weights is stale. A slot that a visit still holds stays with that visit, and so does the
+// upload that it waits for.
 void Scheduler::Impl::drop_copies(std::uint32_t chunk) {
   Chunk& c = chunks[chunk];
   if (c.slot < 0) return;
   Slot& slot = windows[c.spec.window].slots[c.slot];
   slot.occupant = -1;
-  slot.upload = 0;
+  if (slot.pins == 0 || slot.issued) slot.upload = 0;
   c.slot = -1;
 }
 

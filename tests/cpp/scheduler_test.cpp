@@ -349,6 +349,37 @@ TEST(SchedulerSchedule, StoppingEarlyAndEvaluatingBetweenStepsKeepTheWeightsRigh
   }
 }
 
+// Evaluation under the training schedule: the backward visits that are jumped over do not stand in the way.
+TEST(SchedulerSchedule, ForwardLoopsBetweenStepsArePrefetched) {
+  constexpr std::size_t chunks = 5;
+  Rig rig(host_device(), equal_chunks(chunks, 200), {2}, 11);
+  rig.scheduler->set_schedule(training_schedule(chunks));
+  rig.step();
+  for (int batch = 0; batch < 3; ++batch) {
+    for (std::uint32_t c = 0; c < chunks; ++c) rig.visit(c, Phase::forward);
+  }
+  // Of a later batch only the first visit, which the schedule expected to be a backward one, is a miss.
+  const Scheduler::Counters counters = rig.scheduler->counters();
+  EXPECT_EQ(counters.visits - counters.hits, 2u);
+  EXPECT_EQ(counters.unscheduled_visits, 2u);
+  rig.step();
+  rig.check_planes();
+}
+
+TEST(SchedulerSchedule, ANewScheduleForgetsAStepThatWasGivenUp) {
+  Rig rig(host_device(), equal_chunks(4, 200), {2}, 12);
+  rig.scheduler->set_schedule(training_schedule(4));
+  for (std::uint32_t c = 0; c < 4; ++c) rig.visit(c, Phase::forward);
+  for (std::uint32_t c = 4; c-- > 0;) rig.visit(c, Phase::backward);  // no gradient comes
+  rig.visit(2, Phase::backward);
+  rig.visit(3, Phase::backward);
+  rig.scheduler->set_schedule(forward_schedule(2));
+  const std::uint64_t uploads = rig.uploads(), hits = rig.scheduler->counters().hits;
+  for (std::uint32_t c = 0; c < 2; ++c) rig.visit(c, Phase::forward);
+  EXPECT_EQ(rig.scheduler->counters().hits, hits + 2);
+  EXPECT_EQ(rig.uploads(), uploads);
+}
+
 // Any order of calls, nested visits and updates among them: always the right bytes, never an error or a hang.
 TEST(SchedulerSchedule, RandomCallsFindTheRightWeights) {
   for (int round = 0; round < 10; ++round) {

@@ -91,6 +91,7 @@ class Scheduler {
   // Nested acquires of the same chunk share the slot. A visit the schedule did not foresee is served on demand.
   // Throws Error(state) if every slot of the window is held.
   void* acquire(std::uint32_t chunk, Phase phase, StreamHandle stream);
+  // Ends the calling thread's innermost visit of the chunk, or, if it has none, the innermost of all.
   void release(std::uint32_t chunk, Phase phase, StreamHandle stream);
 
   // The gradient at `gradient` is complete once work enqueued on `stream` so far has run. The buffer must stay
