@@ -93,9 +93,10 @@ def offload(
         least = 1 if name == "micro_batch" else 0
         if number != "auto" and (not isinstance(number, int) or number < least):
             raise ValueError(f"{name}={number!r} must be 'auto' or a whole number of at least {least}")
-    for name, number in (("piece_bytes", piece_bytes), ("ring_pieces", ring_pieces)):
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+    if piece_bytes < 1 or (piece_bytes > 4096 and piece_bytes % 4096):
+        raise ValueError(f"piece_bytes={piece_bytes} must be a multiple of 4096 (or less, which means 4096)")
+    if ring_pieces < 2:
+        raise ValueError(f"ring_pieces={ring_pieces} must be at least 2")
     if threads < 0:
         raise ValueError(f"threads={threads} must be at least 0 (0 for all usable CPUs less one)")
     budget = None if device_memory is None else parse_size(device_memory, "device_memory")

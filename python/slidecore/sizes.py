@@ -8,7 +8,7 @@ _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", start=1):
     _UNITS[_letter + "B"] = 1000**_i
     _UNITS[_letter + "IB"] = 1024**_i
-_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(value: int | float | str, what: str = "size") -> int:
@@ -30,9 +30,10 @@ def parse_size(value: int | float | str, what: str = "size") -> int:
 
 
 def format_size(nbytes: float) -> str:
-    """Returns `nbytes` with three significant figures in a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    """Returns `nbytes` with at least three significant figures in a binary unit."""
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(nbytes) < 1024:
-            return f"{nbytes:.{4 if abs(nbytes) >= 999.5 else 3}g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.3g} TiB"
+            break
+        nbytes, unit = nbytes / 1024, larger
+    return f"{nbytes:.0f} {unit}" if abs(nbytes) >= 999.5 else f"{nbytes:.3g} {unit}"
