@@ -41,7 +41,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
             at = start + columns
             tl.store(g_row + at, tl.zeros([BLOCK], dtype=tl.float32), mask=at < vocabulary)
         return
-    largest = float("-inf")
+    largest = -3.0e38  # finite: a block of logits that are all -inf must not give -inf - -inf
     total = 0.0
     plain_sum = 0.0
     for start in range(0, vocabulary, BLOCK):
@@ -51,17 +51,20 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
         total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest), axis=0)
         largest = new_largest
         plain_sum += tl.sum(tl.where(at < vocabulary, x, 0.0), axis=0)
-    lse = largest + tl.log(total)
+    # lse = largest + log_total; the two stay apart, so that large logits cancel exactly.
+    log_total = tl.log(total)
     count = tl.load(divisor)
     # Read before the second pass: the gradient may overwrite the logits.
     at_label = tl.load(x_row + label).to(tl.float32)
     each = smoothing / vocabulary
-    loss = (1 - smoothing) * (lse - at_label) + each * (vocabulary * lse - plain_sum)
+    loss = (1 - smoothing) * (log_total - (at_label - largest))
+    if smoothing > 0:  # otherwise logits of -inf count for nothing
+        loss += each * (vocabulary * (log_total + largest) - plain_sum)
     tl.store(losses + row, loss / count)
     for start in range(0, vocabulary, BLOCK):
         at = start + columns
         x = tl.load(x_row + at, mask=at < vocabulary, other=0.0).to(tl.float32)
-        g = tl.exp(x - lse) - each - tl.where(at == label, 1 - smoothing, 0.0)
+        g = tl.exp(x - largest - log_total) - each - tl.where(at == label, 1 - smoothing, 0.0)
         tl.store(g_row + at, g / count, mask=at < vocabulary)
 
 
