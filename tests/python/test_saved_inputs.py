@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
-from torch import nn
-
 import slidecore
+import torch
 from slidecore.offloading import engine_of
+from torch import nn
 
 
 class _Block(nn.Module):
