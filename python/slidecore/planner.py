@@ -85,7 +85,7 @@ def plan_head(
     logits = max(0, budget - needs.fixed - needs.edge_gradients - largest) // 4 // per_logit
     # No more than tiles of LARGEST_TILE tokens can use; the embedding's rows tell the vocabulary.
     rows = max((e.shape[0] for c in chunks if c.kind == "edge" for e in c.entries if len(e.shape) == 2), default=0)
-    logits = min(logits, LARGEST_TILE * rows)
+    logits = max(SMALLEST_TILE * rows, min(logits, LARGEST_TILE * rows))
     return logits, replace(needs, head_tile=largest + logits * per_logit)
 
 
@@ -134,7 +134,8 @@ def plan_activations(
         micro_batch, keep_graphs: samples and blocks asked for by the caller, or None to choose.
 
     Raises:
-        BudgetError: not even one sample fits; the message says the smallest budget that works.
+        BudgetError: not even one sample fits, or not the micro-batch asked for; the message says the smallest budget
+            that works.
     """
     if budget is None:
         size = micro_batch or batch
@@ -143,15 +144,17 @@ def plan_activations(
     around = 6 * input_bytes
     room = budget - needs.fixed - needs.block_gradients - around
     per_sample = max(1, int(WORKING_FACTOR * graph_bytes_per_sample))
+    samples = min(micro_batch or 1, batch)
+    least = needs.fixed + around + max(needs.block_gradients + samples * per_sample, needs.at_head)
+    if budget < least:
+        raise BudgetError(
+            f"device_memory={format_size(budget)} ({budget} bytes) is too small for this batch: slots take "
+            f"{format_size(needs.fixed)}, block inputs of the batch {format_size(around)}, a block's gradients and the "
+            f"activations of a micro-batch of {samples} {format_size(needs.block_gradients + samples * per_sample)}, "
+            f"or the head's gradients and logits {format_size(needs.at_head)}. Use device_memory of at least {least} "
+            f"bytes ({format_size(least)}), or a smaller batch"
+        )
     if micro_batch is None:
-        if room < per_sample:
-            least = needs.fixed + needs.block_gradients + around + per_sample
-            raise BudgetError(
-                f"device_memory={format_size(budget)} ({budget} bytes) is too small for this batch: weights and "
-                f"gradients take {format_size(needs.fixed + needs.block_gradients)}, block inputs of the batch "
-                f"{format_size(around)}, one sample's activations {format_size(per_sample)}. Use device_memory of at "
-                f"least {least} bytes ({format_size(least)}), or a smaller batch"
-            )
         micro_batch = min(batch, room // per_sample)
     count = -(-batch // min(micro_batch, batch))
     # Saved inputs and graphs live while the head runs, too: the hungrier of the two moments counts.

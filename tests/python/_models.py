@@ -23,7 +23,7 @@ def language_model(kind: str, *, tied: bool = False, seed: int = 0, layers: int 
     import transformers
 
     torch.manual_seed(seed)
-    common = {"vocab_size": VOCABULARY, "tie_word_embeddings": tied, "pad_token_id": 0}
+    common = {"vocab_size": options.pop("vocab_size", VOCABULARY), "tie_word_embeddings": tied, "pad_token_id": 0}
     # Not the defaults of a large vocabulary, about which transformers would warn.
     common |= {"bos_token_id": 1, "eos_token_id": 2}
     if kind == "gpt2":
