@@ -1,6 +1,7 @@
 """slidecore: fine-tune every parameter of models far larger than GPU memory, on one GPU."""
 
 from slidecore.errors import BudgetError, ModelError, SlidecoreError, UsageError
+from slidecore.loading import load_pretrained
 from slidecore.offloading import (
     Stats,
     assign_parameter,
@@ -24,6 +25,7 @@ __all__ = [
     "UsageError",
     "assign_parameter",
     "close",
+    "load_pretrained",
     "master_parameter",
     "offload",
     "stats",

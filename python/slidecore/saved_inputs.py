@@ -104,7 +104,7 @@ class SavedInput:
 
 
 class SavedInputs:
-    """Pinned host buffers by size, and the tensors whose copies to them are under way."""
+    """Pinned host buffers, and the tensors whose copies to them are under way."""
 
     # How many tensors may still be on the device while their copies run: one being copied, one just produced.
     SETTLING = 2
@@ -112,21 +112,37 @@ class SavedInputs:
     def __init__(self, backend: Backend, scheduler: _core.Scheduler) -> None:
         self.backend = backend
         self.scheduler = scheduler
-        self._free: dict[int, list[_core.HostBuffer]] = {}
+        self._free: list[_core.HostBuffer] = []
         self._settling: deque[SavedInput] = deque()
         self.host_bytes = 0
         # What copies on failed lanes may still touch lives as long as the lanes.
         self.lost: list[object] = []
 
     def take_host(self, nbytes: int) -> _core.HostBuffer:
-        free = self._free.setdefault(nbytes, [])
-        if free:
-            return free.pop()
-        self.host_bytes += nbytes
-        return _core.HostBuffer(self.backend.core, nbytes, True)
+        """A pinned buffer of at least `nbytes`: the smallest free one that holds them, or a new one.
+
+        Batches of varying length must not collect buffers of every length: a new one replaces a free one.
+        """
+        fitting = [buffer for buffer in self._free if len(buffer) >= nbytes]
+        if fitting:
+            chosen = min(fitting, key=len)
+            self._free.remove(chosen)
+            return chosen
+        if self._free:
+            # Its last copy may still be on its way.
+            self.scheduler.synchronize()
+            too_small = max(self._free, key=len)
+            self._free.remove(too_small)
+            self.host_bytes -= len(too_small)
+            del too_small
+        # In steps of an eighth, so that slowly growing lengths do not replace every buffer every time.
+        step = max(4096, (1 << nbytes.bit_length()) // 16)
+        buffer = _core.HostBuffer(self.backend.core, -(-nbytes // step) * step, True)
+        self.host_bytes += len(buffer)
+        return buffer
 
     def give_host(self, buffer: _core.HostBuffer) -> None:
-        self._free.setdefault(len(buffer), []).append(buffer)
+        self._free.append(buffer)
 
     def save(self, tensor: torch.Tensor, chunk: int, *, on_device: bool, shared: bool) -> SavedInput:
         """Saves a detached tensor of device memory; contiguous ones go to the host unless `on_device`.
@@ -144,9 +160,3 @@ class SavedInputs:
     def end_of_forward(self) -> None:
         """The tensors still settling are the ones that backward needs first: they stay on the device."""
         self._settling.clear()
-
-    def drop_free_buffers(self) -> None:
-        """Unmaps host buffers that no saved input uses (after sizes changed)."""
-        for nbytes, buffers in self._free.items():
-            self.host_bytes -= nbytes * len(buffers)
-        self._free.clear()

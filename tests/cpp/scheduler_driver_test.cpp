@@ -125,7 +125,7 @@ TEST_P(SchedulerOnDriver, AConstructorThatFailsLeavesNothing) {
   EXPECT_EQ(live().streams, before.streams);
   EXPECT_EQ(live().registrations, before.registrations);
   EXPECT_EQ(live().allocations, allocations);
-  expect_threads(threads);
+  expect_no_more_threads(threads);
   construct(100);
 }
 

@@ -145,7 +145,7 @@ TEST(SchedulerFailure, ASinkThatThrowsStopsEverything) {
       expect_error(code, parts, [&] { rig.scheduler->release(0, Phase::forward, 0); });
     }
   }
-  expect_threads(threads);
+  expect_no_more_threads(threads);
 }
 
 TEST(SchedulerFailure, ADeviceCallThatFailsOnALaneStopsEverything) {
@@ -188,7 +188,7 @@ TEST(SchedulerFailure, ADeviceCallThatFailsOnALaneStopsEverything) {
     });
     expect_stopped(rig, code, parts);
   }
-  expect_threads(threads);
+  expect_no_more_threads(threads);
 }
 
 TEST(SchedulerFailure, ASavedInputThatFailsStopsEverything) {
@@ -234,7 +234,7 @@ TEST(SchedulerFailure, DestructionDropsWhatIsQueued) {
     }
     rig.scheduler.reset();
   }
-  expect_threads(threads);
+  expect_no_more_threads(threads);
 }
 
 // The update lane is inside the sink when the scheduler ends; what is queued behind that is not consumed.
@@ -272,7 +272,7 @@ TEST(SchedulerFailure, ArgumentsThatCannotWorkAreRefused) {
   refused({"piece_bytes"}, [&] { Scheduler(device, {chunk}, {window}, sink, {.piece_bytes = 0}); });
   refused({"4096"}, [&] { Scheduler(device, {chunk}, {window}, sink, {.piece_bytes = 5000}); });
   refused({"ring_pieces"}, [&] { Scheduler(device, {chunk}, {window}, sink, {.ring_pieces = 1}); });
-  expect_threads(threads);
+  expect_no_more_threads(threads);
 
   Scheduler without_sink(device, {chunk}, {window}, nullptr);
   expect_error(Code::state, {"no sink"}, [&] { without_sink.submit_gradient(0, plane.data(), 100, 0); });
