@@ -47,7 +47,9 @@ def device_needs(
 ) -> DeviceNeeds:
     """Adds up slots and gradients.
 
-    A gradient exists in the compute dtype on its way down, and in float32 while several contributions are summed.
+    A gradient exists in the compute dtype on its way down, and in float32 while several contributions are summed. While
+    a block's is made, the head's may still be on its way down, and the sums of tied edges and of resident parameters
+    wait for their last contribution.
     """
     item = compute_dtype.itemsize
 
@@ -55,8 +57,13 @@ def device_needs(
         return max((c.trainable_numel if trainable else c.numel for c in chunks if c.kind == kind), default=0)
 
     wide = 4 if compute_dtype != torch.float32 else 0
-    blocks = largest("block", True) * (gradient_buffers * item + wide) if train else 0
-    edges = (largest("edge", True) + largest("resident", True)) * (item + wide) if train else 0
+    blocks = edges = 0
+    if train:
+        block, edge, resident = largest("block", True), largest("edge", True), largest("resident", True)
+        tied = [c for c in chunks if c.kind == "edge" and any(len(e.owners) > 1 for e in c.entries if e.trainable)]
+        waiting = resident + sum(c.trainable_numel for c in tied)
+        blocks = (block + (gradient_buffers - 1) * max(block, edge)) * item + block * wide + waiting * max(item, wide)
+        edges = (edge + resident) * (item + wide)
     return DeviceNeeds(
         slots=window * largest("block") * item,
         edge_slot=largest("edge") * item,
