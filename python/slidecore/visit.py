@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from slidecore.graphs import VisitGraph
+from slidecore.graphs import VisitGraph, outliving
 from slidecore.partition import Chunk, Entry
 from slidecore.saved_inputs import SavedInput
 
@@ -272,7 +272,8 @@ class Visits:
     def _inference(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         engine, chunk = self._engine, use.chunk
         with engine.holding(chunk, backward=False) as slot, swapped(chunk, leaves_of(chunk, slot, graph=False)):
-            return use.forward(*args, **kwargs)
+            output = use.forward(*args, **kwargs)
+            return pytree.tree_map_only(torch.Tensor, lambda t: outliving(slot, t), output)
 
     def run_forward(self, record: Record, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         engine, use = self._engine, record.use
