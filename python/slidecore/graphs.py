@@ -84,6 +84,8 @@ class _Boundary(torch.autograd.Function):
 
 def outliving(slot: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """`output`, copied if it is a view of the weights: the slot is another chunk's as soon as the visit ends."""
+    if output.is_nested or output.layout is not torch.strided:
+        return output
     if output.untyped_storage().data_ptr() == slot.untyped_storage().data_ptr():
         return output.clone()
     return output

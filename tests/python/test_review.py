@@ -80,3 +80,56 @@ def test_weights_that_a_module_returns_in_inference(offload: Offload, mode: Any)
     with mode():
         for _ in range(3):
             torch.testing.assert_close(model(x), plain(x))
+
+
+# --- checkpointing inside blocks, and gradients that go past the visits
+
+
+class Checkpointed(Residual):
+    def __init__(self, reentrant: bool, part: bool) -> None:
+        super().__init__(13, 29)
+        self.reentrant, self.part = reentrant, part
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        if self.part:
+            return x + checkpoint(self.inner, self.norm(x), use_reentrant=self.reentrant)
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{"keep_graphs": 0}, {"keep_graphs": 5}, {"micro_batch": 2}])
+def test_checkpointing_inside_blocks(offload: Offload, reentrant: bool, part: bool, options: dict[str, Any]) -> None:
+    assert difference(offload, lambda: Stack(block=lambda: Checkpointed(reentrant, part)), **options) < 1e-4
+
+
+class Functional(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.enter(x)
+        for block in self.blocks:
+            h = block(h)
+        return F.linear(self.norm(h), self.leave.weight, self.leave.bias)
+
+
+def penalized(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return mse(model, batch) + 1e-2 * sum(p.pow(2).sum() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("kind", "loss"), [(Functional, mse), (Stack, penalized)])
+def test_gradients_past_the_visits_are_not_lost_in_silence(
+    offload: Offload, kind: type[nn.Module], loss: Loss
+) -> None:
+    model = offload(kind())
+    optimizer = slidecore.AdamW(model.parameters())
+    with pytest.raises(slidecore.UsageError, match="gradient reached .* past the offloaded modules"):
+        loss(model, feature_batches(1)[0]).backward()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    slidecore.close(model)
+    loss(model, feature_batches(1)[0]).backward()  # a plain model again
+    assert model.leave.weight.grad is not None
