@@ -49,6 +49,20 @@ ScheduledVisit = tuple[int, int, bool, bool]
 engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
+def _stray_gradient(name: str) -> Callable[[torch.Tensor], None]:
+    """A hook for the parameter in host memory: visits compute with leaves over a slot, so it never gets a gradient."""
+
+    def hook(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+        raise UsageError(
+            f"a gradient reached {name!r} past the offloaded modules' own forward (a penalty on model.parameters(), or "
+            f"a weight that is used outside its module), where it would be lost. Use weights inside the forward of the "
+            f"modules that hold them; for an L2 penalty, weight_decay= of slidecore.AdamW"
+        )
+
+    return hook
+
+
 class Engine:
     """Ties a model to its planes and its scheduler.
 
@@ -101,6 +115,7 @@ class Engine:
         self.pool = _core.ThreadPool(threads)
         self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train)
         self.entries: dict[int, tuple[Chunk, Entry]] = {}
+        self._stray_hooks: list[Any] = []
         self._fill_planes()
 
         item = compute_dtype.itemsize
@@ -183,6 +198,9 @@ class Engine:
                     parameter.data = view
                     parameter.grad = None
                 self.entries[id(entry.parameter)] = (chunk, entry)
+                if entry.trainable:
+                    hook = entry.parameter.register_post_accumulate_grad_hook(_stray_gradient(entry.name))
+                    self._stray_hooks.append(hook)
 
     def _add_chunks_to_sink(self, sink: _core.AdamWSink) -> None:
         planes = self.planes
@@ -573,5 +591,7 @@ class Engine:
             return
         self.closed = True
         self.unwrap()
+        for hook in self._stray_hooks:
+            hook.remove()
         self.scheduler.close()
         self._slots.clear()

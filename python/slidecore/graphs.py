@@ -82,6 +82,15 @@ class _Boundary(torch.autograd.Function):
         return (None, None, *(None for _ in gradients))
 
 
+def outliving(slot: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """`output`, copied if it is a view of the weights: the slot is another chunk's as soon as the visit ends."""
+    if output.is_nested or output.layout is not torch.strided:
+        return output
+    if output.untyped_storage().data_ptr() == slot.untyped_storage().data_ptr():
+        return output.clone()
+    return output
+
+
 class VisitGraph:
     """The graph of one micro-batch of a visit."""
 
@@ -161,7 +170,7 @@ class VisitGraph:
             outputs = module(own)
         self._edges = [torch.autograd.graph.get_gradient_edge(t) if t.requires_grad else None for t in outputs]
         self._slot = None
-        return [t.detach() for t in outputs]
+        return [outliving(slot, t.detach()) for t in outputs]
 
     def refill(
         self,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from slidecore.graphs import VisitGraph
+from slidecore.graphs import VisitGraph, outliving
 from slidecore.partition import Chunk, Entry
 from slidecore.saved_inputs import SavedInput
 
@@ -272,7 +272,8 @@ class Visits:
     def _inference(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         engine, chunk = self._engine, use.chunk
         with engine.holding(chunk, backward=False) as slot, swapped(chunk, leaves_of(chunk, slot, graph=False)):
-            return use.forward(*args, **kwargs)
+            output = use.forward(*args, **kwargs)
+            return pytree.tree_map_only(torch.Tensor, lambda t: outliving(slot, t), output)
 
     def run_forward(self, record: Record, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         engine, use = self._engine, record.use
@@ -310,8 +311,7 @@ class Visits:
         graph = VisitGraph(keep=record.keep_graph)
         if not record.keep_graph:
             record.random.append(RandomState.capture(engine.backend.torch_device))
-        leaves = leaves_of(use.chunk, slot, graph=True)
-        collect(leaves, lambda entry, gradient: engine.gradient_of(use.chunk).add(entry, gradient))
+        leaves = self._leaves(use, slot)
 
         def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             with swapped(use.chunk, leaves):
@@ -326,6 +326,12 @@ class Visits:
         engine.backend.hold(graph.nbytes)
         use.backward_reads_weights = graph.reads_weights
         return outputs
+
+    def _leaves(self, use: Use, slot: torch.Tensor) -> dict[Entry, torch.Tensor]:
+        """Parameters over the slot's memory whose gradients go to this step's sum."""
+        leaves = leaves_of(use.chunk, slot, graph=True)
+        collect(leaves, lambda entry, gradient: self._engine.gradient_of(use.chunk).add(entry, gradient))
+        return leaves
 
     @staticmethod
     def _joinable(record: Record, tensors: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
@@ -367,7 +373,9 @@ class Visits:
         recompute = not record.keep_graph
         tensors = [saved.get() for saved in record.saved]
         parts: list[list[torch.Tensor | None]] = []
-        needs_weights = recompute or any(g.reads_weights for g in record.graphs)
+        # A block may run a part of itself again in backward (torch.utils.checkpoint), with weights that no graph saved.
+        is_block = use.chunk.kind == "block"
+        needs_weights = recompute or is_block or any(g.reads_weights for g in record.graphs)
         holding = engine.holding(use.chunk, backward=True) if needs_weights else contextlib.nullcontext(None)
         with holding as slot:
             while record.graphs:
@@ -376,7 +384,8 @@ class Visits:
                 if recompute and slot is not None:
                     self._refill(record, graph, slot, tensors, i)
                 try:
-                    graph.backward(slot, record.output_gradients(gradients, i))
+                    with swapped(use.chunk, self._leaves(use, slot) if slot is not None else {}):
+                        graph.backward(slot, record.output_gradients(gradients, i))
                 finally:
                     if recompute:
                         engine.backend.drop(graph.nbytes)

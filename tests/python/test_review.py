@@ -1,0 +1,135 @@
+"""Loops and models that are unusual but plausible, held to plain PyTorch: right, or a clear error, never silence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import slidecore
+import torch
+import torch.nn.functional as F
+from _models import Batch, Residual, Stack, distance, feature_batches, weights, worst
+from torch import nn
+
+Offload = Callable[..., nn.Module]
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+
+
+def mse(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return F.mse_loss(model(batch["x"]), batch["target"])
+
+
+def difference(
+    offload: Offload, make: Callable[[], nn.Module], loss_of: Loss = mse, steps: int = 4, **options: Any
+) -> float:
+    """The largest relative distance of a weight matrix after the same steps in plain PyTorch."""
+    plain = make()
+    offloaded = offload(copy.deepcopy(plain), **options)
+    for model, kind in ((plain, torch.optim.AdamW), (offloaded, slidecore.AdamW)):
+        optimizer = kind(model.parameters(), lr=1e-3)
+        for batch in feature_batches(steps):
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    slidecore.synchronize(offloaded)
+    return worst(distance(weights(offloaded), weights(plain)))[0]
+
+
+# --- a module that returns its own weights
+
+
+class Positions(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, width))
+
+    def forward(self, length: int) -> torch.Tensor:
+        return self.weight[:length]
+
+
+class WithPositions(nn.Module):
+    """Learned positions, as a view of the parameter, are used after other edge chunks had the slot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter = nn.Linear(7, 13)
+        self.positions = Positions(13)
+        self.blocks = nn.ModuleList(Residual(13, 29) for _ in range(4))
+        self.leave = nn.Linear(13, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, positions = self.enter(x), self.positions(x.shape[1])
+        for block in self.blocks:
+            h = block(h) + positions * h
+        return self.leave(h) + self.leave(positions)
+
+
+@pytest.mark.parametrize("keep_graphs", [0, 4])
+def test_weights_that_a_module_returns(offload: Offload, keep_graphs: int) -> None:
+    assert difference(offload, WithPositions, keep_graphs=keep_graphs) < 1e-5
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_that_a_module_returns_in_inference(offload: Offload, mode: Any) -> None:
+    plain = WithPositions()
+    model = offload(copy.deepcopy(plain))
+    x = feature_batches(1)[0]["x"]
+    with mode():
+        for _ in range(3):
+            torch.testing.assert_close(model(x), plain(x))
+
+
+# --- checkpointing inside blocks, and gradients that go past the visits
+
+
+class Checkpointed(Residual):
+    def __init__(self, reentrant: bool, part: bool) -> None:
+        super().__init__(13, 29)
+        self.reentrant, self.part = reentrant, part
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        if self.part:
+            return x + checkpoint(self.inner, self.norm(x), use_reentrant=self.reentrant)
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{"keep_graphs": 0}, {"keep_graphs": 5}, {"micro_batch": 2}])
+def test_checkpointing_inside_blocks(offload: Offload, reentrant: bool, part: bool, options: dict[str, Any]) -> None:
+    assert difference(offload, lambda: Stack(block=lambda: Checkpointed(reentrant, part)), **options) < 1e-4
+
+
+class Functional(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.enter(x)
+        for block in self.blocks:
+            h = block(h)
+        return F.linear(self.norm(h), self.leave.weight, self.leave.bias)
+
+
+def penalized(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return mse(model, batch) + 1e-2 * sum(p.pow(2).sum() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("kind", "loss"), [(Functional, mse), (Stack, penalized)])
+def test_gradients_past_the_visits_are_not_lost_in_silence(
+    offload: Offload, kind: type[nn.Module], loss: Loss
+) -> None:
+    model = offload(kind())
+    optimizer = slidecore.AdamW(model.parameters())
+    with pytest.raises(slidecore.UsageError, match="gradient reached .* past the offloaded modules"):
+        loss(model, feature_batches(1)[0]).backward()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    slidecore.close(model)
+    loss(model, feature_batches(1)[0]).backward()  # a plain model again
+    assert model.leave.weight.grad is not None
