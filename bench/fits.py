@@ -9,11 +9,10 @@ import argparse
 import json
 
 import torch
-from torch import nn
-
 from slidecore.partition import partition
 from slidecore.planes import lay_out, state_bytes
 from slidecore.planner import device_needs
+from torch import nn
 
 # hidden, layers, key-value width, intermediate, vocabulary: shapes of common open models, untied.
 SHAPES = {

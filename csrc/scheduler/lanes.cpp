@@ -143,7 +143,8 @@ void Scheduler::Impl::download_step(std::unique_lock<std::mutex>& lock) {
   downloads.pop_front();
   ++download_busy;
   if (task.is_gradient) {
-    described([&] { return "download of the gradient" + of_chunk(task.chunk); }, [&] { download_gradient(task, lock); });
+    described([&] { return "download of the gradient" + of_chunk(task.chunk); },
+              [&] { download_gradient(task, lock); });
   } else {
     described([&] { return "save of an input" + of_chunk(task.chunk); }, [&] { download_input(task, lock); });
   }
