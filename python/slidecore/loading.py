@@ -154,6 +154,8 @@ class Checkpoint:
         tensors: dict[str, StoredTensor] = {}
         for file in self._weight_files():
             try:
+                with open(file, "rb"):  # safetensors says of a file without permission that it is not there
+                    pass
                 with safe_open(file, framework="pt") as opened:
                     for key in opened.keys():  # noqa: SIM118 - not a dict
                         entry = opened.get_slice(key)
@@ -161,7 +163,9 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"cannot read {file}: {_first_line(error)}",
-                    "The file is damaged or incomplete; copy or download it again.",
+                    "Check its permissions."
+                    if isinstance(error, PermissionError)
+                    else "The file is damaged or incomplete; copy or download it again.",
                 ) from error
         return tensors
 

@@ -38,10 +38,13 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
     _check_packages()
     progress = progress or Progress()
     # Cheap checks first: each finds its error before the next, longer piece of work.
-    files = find_files(options.data, options.glob)
-    checkpoint = Checkpoint(options.model)
-    _check_context(checkpoint.config, options.sequence_length)
-    tokenizer = load_tokenizer(options.model)
+    try:
+        files = find_files(options.data, options.glob)
+        checkpoint = Checkpoint(options.model)
+        _check_context(checkpoint.config, options.sequence_length)
+        tokenizer = load_tokenizer(options.model)
+    except PermissionError as error:  # of a directory, when what lies in it is asked for
+        raise InputError(f"cannot read {error.filename}: {error.strerror}", "Check its permissions.") from error
     out = output.OutputDirectory(options.out, overwrite=options.overwrite)
     if files.skipped:
         progress.say(f"{len(files.skipped)} files are neither text nor .jsonl nor .parquet and are left out")

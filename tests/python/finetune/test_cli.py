@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -143,6 +145,23 @@ def test_bad_input_exits_with_2_and_says_why(
     assert error.startswith("error: ")
     assert len(error.splitlines()) <= 2
     assert not (Path(arguments["out"]) / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_what_lies_in_a_closed_directory_is_named(
+    name: str, arguments: Arguments, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def closed(path: Path, **options: Any) -> Any:  # permissions themselves would not stop root
+        if path == arguments[name]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    for method in ("stat", "is_file", "is_dir"):
+        monkeypatch.setattr(Path, method, closed)
+    assert _run(arguments) == 2
+    assert f"cannot read {arguments[name]}: Permission denied" in capsys.readouterr().err
 
 
 def test_an_option_of_the_wrong_type_exits_with_2(arguments: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
