@@ -93,9 +93,9 @@ class Checkpoint:
             warnings.warn(message, stacklevel=2)
             return self._load_in_memory(compute_dtype, offload_options)
         self._fill_buffers(model, fillings)
+        self._read_generation_config(model)
         slidecore.offload(model, compute_dtype=compute_dtype, **offload_options)
         self._fill_parameters(model, fillings)
-        self._read_generation_config(model)
         return model.eval()
 
     # Reading what the directory says.
@@ -110,9 +110,9 @@ class Checkpoint:
             )
         try:
             config = transformers.AutoConfig.from_pretrained(self.path, local_files_only=True)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # a configuration class validates as it likes, with exceptions of its own
             raise InputError(
-                f"cannot read {config_file}: {_first_line(error)}",
+                f"cannot read {config_file}: {_reason(error)}",
                 f"Check the file, and that transformers {transformers.__version__} knows this model.",
             ) from error
         if getattr(config, "quantization_config", None) is not None:
@@ -154,6 +154,8 @@ class Checkpoint:
         tensors: dict[str, StoredTensor] = {}
         for file in self._weight_files():
             try:
+                with open(file, "rb"):  # safetensors says of a file without permission that it is not there
+                    pass
                 with safe_open(file, framework="pt") as opened:
                     for key in opened.keys():  # noqa: SIM118 - not a dict
                         entry = opened.get_slice(key)
@@ -161,16 +163,24 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"cannot read {file}: {_first_line(error)}",
-                    "The file is damaged or incomplete; copy or download it again.",
+                    "Check its permissions."
+                    if isinstance(error, PermissionError)
+                    else "The file is damaged or incomplete; copy or download it again.",
                 ) from error
         return tensors
 
     def _read_generation_config(self, model: PreTrainedModel) -> None:
         # save_pretrained writes it back, so that a fine-tuned model generates as the original did.
-        if (self.path / "generation_config.json").is_file() and model.can_generate():
+        file = self.path / "generation_config.json"
+        if file.is_file() and model.can_generate():
             from transformers import GenerationConfig
 
-            model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
+            except Exception as error:
+                raise InputError(
+                    f"cannot read {file}: {_reason(error)}", "Copy or download it again, or remove it."
+                ) from error
 
     # From names in the files to names in the model.
 
@@ -185,10 +195,10 @@ class Checkpoint:
         try:
             with init_empty_weights(include_buffers=False):
                 model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=compute_dtype)
-        except ValueError as error:
+        except Exception as error:  # constructors look their settings up in tables, divide by them, and so on
             raise InputError(
-                f"{self.path} is not a causal language model that transformers can build: {_first_line(error)}",
-                "Only models that AutoModelForCausalLM loads without remote code can be fine-tuned this way.",
+                f"{self.path} is not a causal language model that transformers can build: {_reason(error)}",
+                "Check config.json. Only models that AutoModelForCausalLM loads without remote code can be fine-tuned.",
             ) from error
         model.config.name_or_path = str(self.path)
         return model
@@ -427,6 +437,13 @@ def _shorten(names: Any) -> str:
 def _first_line(error: BaseException) -> str:
     lines: Iterator[str] = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
+
+
+def _reason(error: BaseException) -> str:
+    """Its first line, with the next one where the first is a heading, and with its type where the text needs that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 
 def _missing(package: str) -> MissingDependencyError:

@@ -96,7 +96,7 @@ def finetune(
         device_memory=device_memory,
         compute_dtype=compute_dtype,
         window=window,
-        micro_batch=int(micro_batch) if micro_batch.isdigit() else micro_batch,
+        micro_batch=int(micro_batch) if micro_batch.isdecimal() else micro_batch,
         trace_step=trace_step,
     )
     for line in summary_lines(run(options)):

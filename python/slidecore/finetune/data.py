@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ _NOT_TEXT = {
     ".csv": "Convert it to .jsonl or .parquet with a `text` column.",
     ".arrow": "Convert it to .parquet with a `text` column.",
 }
+# Halves of characters, which escapes in JSON may give and no tokenizer takes. (Whole pairs have become one character.)
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -345,7 +348,7 @@ def _json_lines(paths: list[Path]) -> Iterator[dict[str, str]]:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield {"row": line, "where": f"{path}, line {number}"}
+                    yield {"row": line, "where": f"{_shown(path)}, line {number}"}
 
 
 def _parquet_rows(paths: list[Path]) -> Iterator[dict[str, str]]:
@@ -367,9 +370,14 @@ def _parquet_rows(paths: list[Path]) -> Iterator[dict[str, str]]:
                     for row in batch.to_pylist():
                         number += 1
                         # As JSON, so that rows of any nesting are handled as those of JSON Lines are.
-                        yield {"row": json.dumps(_without_nulls(row)), "where": f"{path}, row {number}"}
+                        yield {"row": json.dumps(_without_nulls(row)), "where": f"{_shown(path)}, row {number}"}
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"cannot read {path}: {error}", "The file is damaged or no Parquet file.") from error
+
+
+def _shown(path: Path) -> str:
+    """A path that Arrow can hold: a file's name need not be UTF-8."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -384,10 +392,12 @@ def _without_nulls(value: Any) -> Any:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {error}", "JSON Lines have one whole object on every line.") from error
     if not isinstance(row, dict):
         raise InputError(f"{where} is not a JSON object", 'Every line has to be an object such as {"text": "..."}.')
+    if "\\u" in line:
+        row = json.loads(_LONE_SURROGATE.sub("\ufffd", json.dumps(row, ensure_ascii=False)))
     return row
 
 

@@ -31,22 +31,25 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
     Raises:
         InputError: the model, the data, the output directory or an option cannot be used; nothing has been trained.
         MissingDependencyError: a package of the `finetune` extra is not installed.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or the disk is full.
         InterruptedRunError: Ctrl-C.
     """
     options.check()
     _check_packages()
     progress = progress or Progress()
     # Cheap checks first: each finds its error before the next, longer piece of work.
-    files = find_files(options.data, options.glob)
-    checkpoint = Checkpoint(options.model)
-    _check_context(checkpoint.config, options.sequence_length)
-    tokenizer = load_tokenizer(options.model)
+    try:
+        files = find_files(options.data, options.glob)
+        checkpoint = Checkpoint(options.model)
+        _check_context(checkpoint.config, options.sequence_length)
+        tokenizer = load_tokenizer(options.model)
+    except PermissionError as error:  # of a directory, when what lies in it is asked for
+        raise InputError(f"cannot read {error.filename}: {error.strerror}", "Check its permissions.") from error
     out = output.OutputDirectory(options.out, overwrite=options.overwrite)
     if files.skipped:
         progress.say(f"{len(files.skipped)} files are neither text nor .jsonl nor .parquet and are left out")
 
-    step = 0
+    step, saved = 0, False
     try:
         with out.scratch() as scratch:
             with progress.stage(f"Reading and packing {len(files)} files"):
@@ -67,6 +70,7 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
             state = slidecore.stats(model)
             out.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
             training = Training(model, data, options, steps)
+            out.remove_figures()
             with MetricsFile(out.path / output.METRICS) as metrics_file, progress.steps(steps) as show:
                 for step in range(1, steps + 1):
                     metrics = training.step(step, out.path)
@@ -75,6 +79,7 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
             slidecore.synchronize(model)
         with progress.stage("Saving"):
             out.save_model(model, tokenizer)
+            saved = True
         plot_loss(out.path / output.LOSS_PLOT, training.losses)
     except KeyboardInterrupt:
         # Where a checkpoint will be written, so that a run can be taken up again.
@@ -82,6 +87,15 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
         raise InterruptedRunError(
             f"interrupted; {lost}, and no model was written", f"What was measured so far is in {out.path}."
         ) from None
+    except Exception as error:
+        if not output.disk_is_full(error):
+            raise
+        raise TrainingError(
+            f"the disk that {out.path} is on is full; the model was {'' if saved else 'not '}written",
+            "Free some space, or give an --out on another disk.",
+        ) from error
+    finally:
+        out.release()
     state = slidecore.stats(model)
     ends = min(_SUMMARY_STEPS, steps)
     return Summary(

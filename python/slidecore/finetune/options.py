@@ -67,11 +67,12 @@ class Options:
             (self.sequence_length >= 2, "--sequence-length", self.sequence_length, "at least 2"),
             (self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1"),
             (self.steps is None or self.steps >= 1, "--steps", self.steps, "at least 1"),
-            (self.epochs > 0, "--epochs", self.epochs, "above 0"),
+            (0 < self.epochs < 1e9, "--epochs", self.epochs, "above 0 and below 1e9"),
             (0 < self.lr < float("inf"), "--lr", self.lr, "a number above 0"),
             (0 <= self.warmup < float("inf"), "--warmup", self.warmup, "0 or more"),
             (0 <= self.weight_decay < float("inf"), "--weight-decay", self.weight_decay, "0 or more"),
             (self.window >= 2, "--window", self.window, "at least 2"),
+            (0 <= self.seed < 2**32, "--seed", self.seed, f"0 to {2**32 - 1}"),
             (self.trace_step >= 0, "--trace-step", self.trace_step, "0 (no trace) or a step"),
             (
                 self.compute_dtype in ("auto", "bfloat16", "float32"),

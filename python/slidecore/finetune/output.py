@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,15 @@ _SAVING, _SCRATCH = ".saving-", ".data-"
 class OutputDirectory:
     """Creates and checks the directory, and puts a saved model into it in one go.
 
-    Raises InputError where it cannot be written, or has files in it and `overwrite` is false.
+    Until `release()`, no other run can have it. Raises InputError where another has, where it cannot be written, or
+    where it has files in it and `overwrite` is false.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
             # What a killed run has left is of no use to anyone.
             for pattern in (f"{_SAVING}*", f"{_SCRATCH}*"):
                 for leftover in path.glob(pattern):
@@ -39,7 +44,22 @@ class OutputDirectory:
                 f"cannot write to {path}: {error.strerror}", "Give an --out directory that you may write to."
             ) from error
         if any(path.iterdir()) and not overwrite:
+            self.release()
             raise InputError(f"{path} is not empty", "Give another --out, or --overwrite to replace what is there.")
+
+    def _acquire(self) -> None:
+        """Locks the directory itself: that leaves nothing behind, and ends with the process however it ends."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise InputError(
+                f"another run is writing to {self.path}", "Wait until it has ended, or give another --out."
+            ) from error
+        except OSError:  # a file system without locks of directories
+            pass
 
     def check_space(self, nbytes: int) -> None:
         """Raises InputError where less than `nbytes` are free."""
@@ -49,6 +69,11 @@ class OutputDirectory:
                 f"saving the model takes {nbytes / 2**30:.1f} GiB, but {self.path} has {free / 2**30:.1f} GiB free",
                 "Free some space, or give an --out on another disk.",
             )
+
+    def remove_figures(self) -> None:
+        """Those of an earlier run, which this one may not replace: it may trace no step, or stop on its way."""
+        for name in (LOSS_PLOT, TIMELINE_PLOT, TRACE):
+            (self.path / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -81,6 +106,18 @@ class OutputDirectory:
             _sync(self.path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, says so: libraries wrap it, and some keep only the text."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(chain) for text in (os.strerror(errno.ENOSPC), "Not enough disk space")):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended. Losses are means over the first and last steps (up to ten); memory is in bytes."""
+    """How a run ended. `last_loss` is the mean of the last steps (up to ten); memory is in bytes."""
 
     steps: int
     first_loss: float

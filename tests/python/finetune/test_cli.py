@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -111,10 +113,14 @@ def _out_below_a_file(arguments: Arguments) -> None:
         (_set(sequence_length=65), "the model has 64 positions"),
         (_set(sequence_length=1), "--sequence-length is 1"),
         (_set(steps=0), "--steps is 0"),
+        (_set(epochs="inf"), "--epochs is inf"),
+        (_set(seed=-1), "--seed is -1"),
+        (_set(seed=2**32), "--seed is 4294967296"),
         (_set(lr=-1), "--lr is -1"),
         (_set(lr="nan"), "--lr is nan"),
         (_set(window=0), "--window is 0"),
         (_set(micro_batch="many"), "--micro-batch is many"),
+        (_set(micro_batch="²"), "--micro-batch is ²"),
         (_set(compute_dtype="float16"), "--compute-dtype is float16"),
         (_set(device="abacus"), "cannot offload the model"),
         (_set(device_memory="1KiB"), "cannot offload the model"),
@@ -139,6 +145,23 @@ def test_bad_input_exits_with_2_and_says_why(
     assert error.startswith("error: ")
     assert len(error.splitlines()) <= 2
     assert not (Path(arguments["out"]) / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_what_lies_in_a_closed_directory_is_named(
+    name: str, arguments: Arguments, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def closed(path: Path, **options: Any) -> Any:  # permissions themselves would not stop root
+        if path == arguments[name]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    for method in ("stat", "is_file", "is_dir"):
+        monkeypatch.setattr(Path, method, closed)
+    assert _run(arguments) == 2
+    assert f"cannot read {arguments[name]}: Permission denied" in capsys.readouterr().err
 
 
 def test_an_option_of_the_wrong_type_exits_with_2(arguments: Arguments, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def test_jsonl_and_parquet_give_the_same_as_text(tokenizer: Any, tmp_path: Path)
     assert _rows(_pack(tmp_path / "a.parquet", tokenizer, tmp_path / "c2", 5)) == expected
 
 
+def test_half_characters_and_odd_file_names_are_read(tokenizer: Any, tmp_path: Path) -> None:
+    # Escapes in JSON can give halves of characters; names on Linux are bytes.
+    file = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    file.write_text(r'{"text": "\ud83d\ude00 \ud83d \\ud83d"}')
+    packed = _pack(file, tokenizer, tmp_path / "cache", 15)
+    assert bytes(packed.sequences[0]["input_ids"].tolist()).decode() == "\U0001f600 \ufffd \\ud83d"
+
+
 def test_chats_go_through_the_template(chat_tokenizer: Any, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -181,6 +190,7 @@ def _write(path: Path, content: bytes | str) -> Path:
         ("a.csv", "a,b", "a format that is not read"),
         ("d/image.png", b"\0\1", "can be read"),
         ("a.jsonl", '{"text": "x"}\n{"text": ', r"a\.jsonl, line 2 is not JSON"),
+        ("a.jsonl", "[" * 200_000, "line 1 is not JSON"),
         ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("a.jsonl", '{"prompt": "x", "answer": "y"}\n', "it has: answer, prompt"),
         ("a.jsonl", '{"text": 3}\n', "line 1 has neither"),

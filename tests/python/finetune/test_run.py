@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,14 @@ def test_bfloat16_keeps_the_dtype_in_what_is_written(options: Options) -> None:
     assert not (options.out / output.TRACE).exists()
 
 
+def test_figures_of_an_earlier_run_do_not_stay(options: Options) -> None:
+    loop.run(options)
+    loop.run(dataclasses.replace(options, overwrite=True, trace_step=0))
+    assert (options.out / output.LOSS_PLOT).exists()
+    assert not (options.out / output.TIMELINE_PLOT).exists()
+    assert not (options.out / output.TRACE).exists()
+
+
 def test_epochs_set_the_number_of_steps(options: Options) -> None:
     tokens = len(options.data.read_bytes()) + 1
     per_epoch = tokens // 17 // 3
@@ -171,6 +181,41 @@ def test_overwriting_leaves_nothing_of_the_earlier_model(
     output.OutputDirectory(tmp_path / "out", overwrite=True).save_model(model, tokenizer)
     assert [path.name for path in (tmp_path / "out").glob("*model*")] == ["model.safetensors"]
     assert not (tmp_path / "out" / ".saving-abc").exists()
+
+
+def test_a_directory_is_one_runs_at_a_time(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = loop.Training.step
+
+    def another(self: Any, number: int, out: Path) -> Any:
+        before = sorted(path.name for path in out.iterdir())
+        with pytest.raises(InputError, match="another run is writing"):
+            output.OutputDirectory(out, overwrite=True)
+        assert sorted(path.name for path in out.iterdir()) == before
+        return step(self, number, out)
+
+    monkeypatch.setattr(loop.Training, "step", another)
+    loop.run(options)
+    # Free again afterwards, and after a refusal.
+    with pytest.raises(InputError, match="is not empty"):
+        output.OutputDirectory(options.out)
+    output.OutputDirectory(options.out, overwrite=True)
+
+
+@pytest.mark.parametrize("where", ["pack", "save"])
+def test_a_full_disk_is_a_clear_error(where: str, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RuntimeError("as libraries wrap it") from error
+
+    if where == "pack":
+        monkeypatch.setattr(loop, "pack", full)
+    else:
+        monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(TrainingError, match="is full; the model was not written"):
+        loop.run(options)
+    assert not [path for path in options.out.iterdir() if path.name.startswith(".")]
 
 
 def test_too_little_space_is_found_before_training(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
