@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from slidecore.planner import (
     ActivationPlan,
     check_device_budget,
     device_needs,
+    head_costs,
     plan_activations,
     plan_head,
 )
@@ -109,7 +111,10 @@ class Engine:
                 device_memory = int(available * 0.88)
         self.device_memory = device_memory
         fused = not backend.is_host and importlib.util.find_spec("triton") is not None
-        self._head_logits, self.needs = plan_head(self.chunks, self.needs, device_memory, compute_dtype, fused)
+        self._head = head_costs(self.chunks, compute_dtype, fused)
+        if device_memory is not None:
+            self.needs = replace(self.needs, head_tile=self._head.tile_bytes(self._head.smallest))
+        self._head_logits = plan_head(self.needs, self._head, device_memory)
         self.window = window
 
         self.pool = _core.ThreadPool(threads)
@@ -482,7 +487,8 @@ class Engine:
 
     def head_tile(self, vocabulary: int) -> int:
         """Tokens whose logits the head makes at once, as the budget allows."""
-        return int(max(SMALLEST_TILE, min(LARGEST_TILE, self._head_logits // vocabulary)))
+        logits = min(self._head_logits, self._plan.head_logits)
+        return int(max(SMALLEST_TILE, min(LARGEST_TILE, logits // vocabulary)))
 
     def refuse_micro_batches(self, use: Use) -> None:
         """Blocks of this class have outputs that cannot be joined from micro-batches."""
@@ -544,6 +550,7 @@ class Engine:
         plan = plan_activations(
             budget=self.device_memory,
             needs=self.needs,
+            head=self._head,
             blocks=len(self._block_ordinal),
             batch=batch,
             input_bytes=inputs,

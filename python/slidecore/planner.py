@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +24,7 @@ class DeviceNeeds:
     resident: int
     block_gradients: int
     edge_gradients: int
-    head_tile: int  # the head's logits of one tile, and the tile's own gradient of the head's weight
+    head_tile: int = 0  # the smallest tile's logits, and the tile's own gradient of the head's weight
 
     @property
     def fixed(self) -> int:
@@ -70,7 +70,6 @@ def device_needs(
         resident=largest("resident") * item,
         block_gradients=blocks,
         edge_gradients=edges,
-        head_tile=0,
     )
 
 
@@ -78,22 +77,41 @@ def device_needs(
 # the float32 copies of the loss. Matrix products are at full speed long before the largest number of tokens.
 BYTES_PER_LOGIT, BYTES_PER_LOGIT_UNFUSED = 4, 20
 SMALLEST_TILE, LARGEST_TILE = 128, 8192
+UNLIMITED_LOGITS = 1 << 27
 
 
-def plan_head(
-    chunks: Sequence[Chunk], needs: DeviceNeeds, budget: int | None, compute_dtype: torch.dtype, fused: bool
-) -> tuple[int, DeviceNeeds]:
-    """Logits that the head makes at once (tokens x vocabulary), and `needs` with the tile added."""
-    per_logit = BYTES_PER_LOGIT if fused else BYTES_PER_LOGIT_UNFUSED
-    largest = max((e.numel for c in chunks if c.kind == "edge" for e in c.entries), default=0) * compute_dtype.itemsize
+@dataclass(frozen=True)
+class HeadCosts:
+    """What the head's tiles cost, and how many logits (tokens x vocabulary) a tile may have."""
+
+    bytes_per_logit: int
+    smallest: int
+    largest: int
+    weight_gradient: int  # bytes of a tile's own gradient of the head's weight
+
+    def tile_bytes(self, logits: int) -> int:
+        return self.weight_gradient + logits * self.bytes_per_logit
+
+
+def head_costs(chunks: Sequence[Chunk], compute_dtype: torch.dtype, fused: bool) -> HeadCosts:
+    """The head's costs; the largest edge matrix tells the vocabulary."""
+    entries = [e for c in chunks if c.kind == "edge" for e in c.entries]
+    rows = max((e.shape[0] for e in entries if len(e.shape) == 2), default=0)
+    return HeadCosts(
+        bytes_per_logit=BYTES_PER_LOGIT if fused else BYTES_PER_LOGIT_UNFUSED,
+        smallest=SMALLEST_TILE * rows,
+        largest=LARGEST_TILE * rows,
+        weight_gradient=max((e.numel for e in entries), default=0) * compute_dtype.itemsize,
+    )
+
+
+def plan_head(needs: DeviceNeeds, costs: HeadCosts, budget: int | None, around: int = 0) -> int:
+    """Logits that the head makes at once, beside `around` bytes of the batch's hidden states."""
     if budget is None:
-        return 1 << 27, needs
-    # A quarter: hidden states, saved inputs and kept graphs want the rest.
-    logits = max(0, budget - needs.fixed - needs.edge_gradients - largest) // 4 // per_logit
-    # No more than tiles of LARGEST_TILE tokens can use; the embedding's rows tell the vocabulary.
-    rows = max((e.shape[0] for c in chunks if c.kind == "edge" for e in c.entries if len(e.shape) == 2), default=0)
-    logits = max(SMALLEST_TILE * rows, min(logits, LARGEST_TILE * rows))
-    return logits, replace(needs, head_tile=largest + logits * per_logit)
+        return UNLIMITED_LOGITS
+    # A quarter: saved inputs and kept graphs want the rest.
+    room = budget - needs.fixed - needs.edge_gradients - costs.weight_gradient - around
+    return max(costs.smallest, min(costs.largest, room // 4 // costs.bytes_per_logit))
 
 
 def check_device_budget(needs: DeviceNeeds, budget: int, window: int, smallest: DeviceNeeds) -> None:
@@ -117,12 +135,14 @@ class ActivationPlan:
     micro_batches: int
     saved_on_device: int  # of the blocks, counted from the last, whose inputs stay on the device
     kept_graphs: int  # of the blocks, counted from the last, that keep their graph instead of recomputing
+    head_logits: int = UNLIMITED_LOGITS  # tokens x vocabulary of a tile of the head
 
 
 def plan_activations(
     *,
     budget: int | None,
     needs: DeviceNeeds,
+    head: HeadCosts,
     blocks: int,
     batch: int,
     input_bytes: int,
@@ -134,6 +154,7 @@ def plan_activations(
 
     Args:
         budget: device bytes, or None for no limit known (micro-batches are then not split and nothing is kept).
+        head: what the head's tiles cost; needs.head_tile is the smallest one's.
         blocks: blocks in one forward.
         batch: samples in the batch.
         input_bytes: of one block's differentiable inputs, for the whole batch.
@@ -166,10 +187,13 @@ def plan_activations(
     count = -(-batch // min(micro_batch, batch))
     # Saved inputs and graphs live while the head runs, too: the hungrier of the two moments counts.
     at_block = needs.block_gradients + per_sample * -(-batch // count)
-    room = budget - needs.fixed - around - max(at_block, needs.at_head)
+    head_logits = plan_head(needs, head, budget, around)
+    at_head = needs.edge_gradients + head.tile_bytes(head_logits)
+    room = budget - needs.fixed - around - max(at_block, at_head)
     saved = max(0, min(blocks, room // max(1, input_bytes)))
     kept = 0
     if saved == blocks:
         room -= blocks * input_bytes
         kept = max(0, min(blocks, room // max(1, graph_bytes_per_sample * batch)))
-    return ActivationPlan(count, saved, kept if keep_graphs is None else min(keep_graphs, blocks))
+    kept = kept if keep_graphs is None else min(keep_graphs, blocks)
+    return ActivationPlan(count, saved, kept, head_logits)

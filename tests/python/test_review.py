@@ -121,9 +121,7 @@ def penalized(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "loss"), [(Functional, mse), (Stack, penalized)])
-def test_gradients_past_the_visits_are_not_lost_in_silence(
-    offload: Offload, kind: type[nn.Module], loss: Loss
-) -> None:
+def test_gradients_past_the_visits_are_not_lost_in_silence(offload: Offload, kind: type[nn.Module], loss: Loss) -> None:
     model = offload(kind())
     optimizer = slidecore.AdamW(model.parameters())
     with pytest.raises(slidecore.UsageError, match="gradient reached .* past the offloaded modules"):
