@@ -15,8 +15,8 @@ std::shared_ptr<Device> checked(std::shared_ptr<Device> device) {
 
 const SchedulerOptions& checked(const SchedulerOptions& options) {
   if (options.piece_bytes == 0 || options.piece_bytes % 4096 != 0) {
-    throw Error(Code::invalid_argument, "piece_bytes must be a positive multiple of 4096, not " +
-                                            std::to_string(options.piece_bytes));
+    throw Error(Code::invalid_argument,
+                "piece_bytes must be a positive multiple of 4096, not " + std::to_string(options.piece_bytes));
   }
   if (options.ring_pieces < 2) throw Error(Code::invalid_argument, "ring_pieces must be at least 2");
   return options;
@@ -51,7 +51,8 @@ Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::vector<ChunkSpec> sp
   }
   for (ChunkSpec& spec : specs) {
     if (spec.window >= windows.size()) {
-      throw Error(Code::invalid_argument, "chunk '" + spec.name + "': there is no window " + std::to_string(spec.window));
+      throw Error(Code::invalid_argument,
+                  "chunk '" + spec.name + "': there is no window " + std::to_string(spec.window));
     }
     if (spec.weight_bytes > windows[spec.window].slot_bytes) {
       throw Error(Code::invalid_argument, "chunk '" + spec.name + "' has " + std::to_string(spec.weight_bytes) +
@@ -106,14 +107,15 @@ void Scheduler::Impl::throw_if_failed() const {
 
 void Scheduler::Impl::check_chunk(std::uint32_t chunk) const {
   if (chunk >= chunks.size()) {
-    throw Error(Code::invalid_argument, "there is no chunk " + std::to_string(chunk) + "; there are " +
-                                            std::to_string(chunks.size()));
+    throw Error(Code::invalid_argument,
+                "there is no chunk " + std::to_string(chunk) + "; there are " + std::to_string(chunks.size()));
   }
 }
 
 Scheduler::Scheduler(std::shared_ptr<Device> device, std::vector<ChunkSpec> chunks, std::vector<WindowSpec> windows,
                      std::shared_ptr<GradientSink> sink, SchedulerOptions options)
-    : impl_(std::make_unique<Impl>(std::move(device), std::move(chunks), std::move(windows), std::move(sink), options)) {}
+    : impl_(
+          std::make_unique<Impl>(std::move(device), std::move(chunks), std::move(windows), std::move(sink), options)) {}
 
 Scheduler::~Scheduler() = default;
 
@@ -200,8 +202,8 @@ void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
   // What may fail comes first: the visit holds its slot until its end is recorded.
   const EventHandle ended = hold->began == 0 ? 0 : s.spans.mark(stream);
   // A visit on another stream has an event of its own: neither stream has to wait for the other's work.
-  auto release = std::find_if(slot.released.begin(), slot.released.end(),
-                              [&](const Release& r) { return r.stream == stream; });
+  auto release =
+      std::find_if(slot.released.begin(), slot.released.end(), [&](const Release& r) { return r.stream == stream; });
   if (release == slot.released.end()) {
     release = slot.released.insert(release, {stream, s.events.take()});
   }
@@ -223,7 +225,8 @@ Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std
   s.throw_if_failed();
   s.check_chunk(chunk);
   if (!s.sink) throw Error(Code::state, "a gradient was submitted, but this scheduler has no sink for gradients");
-  if (bytes == 0) throw Error(Code::invalid_argument, "the gradient of chunk '" + s.chunks[chunk].spec.name + "' is empty");
+  if (bytes == 0)
+    throw Error(Code::invalid_argument, "the gradient of chunk '" + s.chunks[chunk].spec.name + "' is empty");
   DownloadTask task{};
   task.is_gradient = true;
   task.chunk = static_cast<std::int32_t>(chunk);
@@ -242,7 +245,8 @@ Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std
   return task.ticket;
 }
 
-Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device, std::size_t bytes, StreamHandle stream) {
+Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device, std::size_t bytes,
+                             StreamHandle stream) {
   Impl& s = *impl_;
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
@@ -259,8 +263,8 @@ Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device,
   return task.ticket;
 }
 
-Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes, StreamHandle stream,
-                              Ticket after) {
+Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes,
+                              StreamHandle stream, Ticket after) {
   Impl& s = *impl_;
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();

@@ -24,12 +24,12 @@ struct Release {
 
 struct Slot {
   void* address = nullptr;
-  std::int32_t occupant = -1;        // chunk whose current weights are here or on their way, -1: none
-  std::uint64_t upload = 0;          // id of the upload that fills it; an older queued upload is void
-  bool issued = false;               // that upload is on the upload stream: `ready` can be waited for
-  int pins = 0;                      // visits that hold it
-  EventHandle ready = 0;             // the upload into it
-  std::vector<Release> released;     // visits' work in it since the last upload, one event for each stream
+  std::int32_t occupant = -1;     // chunk whose current weights are here or on their way, -1: none
+  std::uint64_t upload = 0;       // id of the upload that fills it; an older queued upload is void
+  bool issued = false;            // that upload is on the upload stream: `ready` can be waited for
+  int pins = 0;                   // visits that hold it
+  EventHandle ready = 0;          // the upload into it
+  std::vector<Release> released;  // visits' work in it since the last upload, one event for each stream
 };
 
 struct Window {
@@ -41,19 +41,19 @@ struct Window {
 struct Hold {
   std::uint32_t slot;
   std::thread::id thread;
-  bool granted = false;              // acquire() has returned or is about to; else it waits for the upload
-  EventHandle began = 0;             // timing event, if traced
+  bool granted = false;   // acquire() has returned or is about to; else it waits for the upload
+  EventHandle began = 0;  // timing event, if traced
 };
 
 struct Chunk {
   ChunkSpec spec;
-  std::int32_t slot = -1;            // in its window, -1: not there
-  std::list<Hold> held;              // innermost last
-  std::uint64_t submitted = 0;       // gradients handed over
-  std::uint64_t updated = 0;         // gradients consumed
-  bool update_due = false;           // a visit that ends in an update was passed, its gradient is still to come
-  int reading = 0;                   // uploads being put on the stream right now
-  EventHandle last_upload = 0;       // event of the last upload that read the plane
+  std::int32_t slot = -1;       // in its window, -1: not there
+  std::list<Hold> held;         // innermost last
+  std::uint64_t submitted = 0;  // gradients handed over
+  std::uint64_t updated = 0;    // gradients consumed
+  bool update_due = false;      // a visit that ends in an update was passed, its gradient is still to come
+  int reading = 0;              // uploads being put on the stream right now
+  EventHandle last_upload = 0;  // event of the last upload that read the plane
 
   std::list<Hold>::iterator hold_to_release(std::thread::id thread);
 };
@@ -146,7 +146,7 @@ struct Scheduler::Impl {
   std::vector<Chunk> chunks;
   std::vector<Window> windows;
   std::vector<Visit> schedule;
-  std::size_t position = 0;          // index of the visit expected next
+  std::size_t position = 0;  // index of the visit expected next
   std::uint64_t next_upload = 1;
 
   std::deque<UploadTask> uploads;
@@ -166,7 +166,7 @@ struct Scheduler::Impl {
   StreamHandle upload_stream = 0, download_stream = 0;
   Counters counters{};
 
-  std::exception_ptr failure;        // set once, by the lane that failed first
+  std::exception_ptr failure;  // set once, by the lane that failed first
   bool stopping = false;
   std::vector<std::thread> threads;
 };

@@ -9,7 +9,8 @@ namespace slidecore {
 namespace {
 
 std::int64_t steady_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 std::string json_escaped(const std::string& text) {
@@ -37,7 +38,7 @@ const char* lane_name(Lane lane) {
 }
 
 const char* span_kind_name(SpanKind kind) {
-  static constexpr std::array<const char*, 10> names{"forward",  "backward", "wait",   "weights", "gradient",
+  static constexpr std::array<const char*, 10> names{"forward",    "backward",    "wait",   "weights", "gradient",
                                                      "save input", "fetch input", "update", "read",    "write"};
   return names[static_cast<std::size_t>(kind)];
 }
@@ -51,7 +52,9 @@ void Trace::enable() {
   enabled_.store(true, std::memory_order_relaxed);
 }
 
-void Trace::disable() { enabled_.store(false, std::memory_order_relaxed); }
+void Trace::disable() {
+  enabled_.store(false, std::memory_order_relaxed);
+}
 
 std::int64_t Trace::now_ns() const {
   if (!enabled()) return 0;
