@@ -71,7 +71,11 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        empty = self._file.tell() == 0
         self._file.close()
+        if empty:
+            # Or the same command with another --device-memory would be refused for what the refused one has left.
+            Path(self._file.name).unlink(missing_ok=True)
 
     def write(self, metrics: StepMetrics) -> None:
         """Appends one step."""

@@ -15,7 +15,7 @@ import slidecore
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from slidecore.errors import InputError, InterruptedRunError, TrainingError
+from slidecore.errors import BudgetError, InputError, InterruptedRunError, TrainingError
 from slidecore.finetune import loop, output
 from slidecore.finetune.data import find_files, pack
 from slidecore.finetune.options import Options
@@ -130,6 +130,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(options: Opt
     with pytest.raises(TrainingError, match="nan at step 1"):
         loop.run(options)
     assert not (options.out / "config.json").exists()
+
+
+def test_a_budget_refused_in_the_first_step_leaves_the_directory_for_the_next_run(options: Options) -> None:
+    with pytest.raises(BudgetError, match="too small for this batch"):
+        loop.run(dataclasses.replace(options, device_memory="180KiB", batch_size=16))
+    assert not list(options.out.iterdir())
+    loop.run(options)
 
 
 def test_an_interrupt_says_what_is_lost_and_leaves_no_half_model(
