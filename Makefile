@@ -59,8 +59,9 @@ $(stamps)/lint: $(stamps)/package
 
 build: $(stamps)/package
 
+# Threads of PyTorch that wait by spinning would take the few cores that the lanes need.
 demo: $(stamps)/package
-	$(python) -m slidecore.finetune.demo --out demo-output $(DEMO_ARGS)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m slidecore.finetune.demo --out demo-output $(DEMO_ARGS)
 
 test: test-python test-cpp test-downstream
 

@@ -144,9 +144,15 @@ std::list<Hold>::iterator Chunk::hold_to_release(std::thread::id thread) {
 // Returns once `stream` waits for the upload into the slot.
 void Scheduler::Impl::await_slot(const Slot& slot, Hold& hold, std::uint32_t chunk, StreamHandle stream,
                                  std::unique_lock<std::mutex>& lock) {
-  wait_for(lock, [&] { return slot.issued; });
-  lock.unlock();
+  // Before anything waits: the stream idles just as much while this thread waits for an update as when it waits itself.
   const EventHandle before = spans.mark(stream);
+  try {
+    wait_for(lock, [&] { return slot.issued; });
+  } catch (...) {
+    spans.discard(before);
+    throw;
+  }
+  lock.unlock();
   device->wait(stream, slot.ready);
   hold.began = spans.mark(stream);
   spans.add(Lane::compute, SpanKind::wait, static_cast<std::int32_t>(chunk), before, hold.began, 0, /*keep_end=*/true);

@@ -124,7 +124,7 @@ def penalized(model: nn.Module, batch: Batch) -> torch.Tensor:
 def test_gradients_past_the_visits_are_not_lost_in_silence(offload: Offload, kind: type[nn.Module], loss: Loss) -> None:
     model = offload(kind())
     optimizer = slidecore.AdamW(model.parameters())
-    with pytest.raises(slidecore.UsageError, match="gradient reached .* past the offloaded modules"):
+    with pytest.raises(slidecore.UsageError, match=r"gradient reached .* past the offloaded modules"):
         loss(model, feature_batches(1)[0]).backward()
     assert all(p.grad is None for p in model.parameters())
     optimizer.step()

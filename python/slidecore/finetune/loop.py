@@ -77,6 +77,7 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
                     metrics_file.write(metrics)
                     show(metrics)
             slidecore.synchronize(model)
+        _check_weights(model, steps)
         with progress.stage("Saving"):
             out.save_model(model, tokenizer)
             saved = True
@@ -112,6 +113,16 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
     )
 
 
+def _check_weights(model: Any, steps: int) -> None:
+    """The last update is followed by no loss that would show what it did to the weights."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise TrainingError(
+                f"{name} is no longer finite after step {steps}; no model was written",
+                "Lower --lr, lengthen --warmup, or check the data.",
+            )
+
+
 def _check_packages() -> None:
     """Finds a missing package before hours of work need it."""
     for package in ("transformers", "accelerate", "datasets", "matplotlib", "rich"):
@@ -119,7 +130,7 @@ def _check_packages() -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise MissingDependencyError(
-                f"{package} is not installed", "Run: pip install 'slidecore[finetune]'"
+                f"{package} cannot be imported ({error})", "Run: pip install 'slidecore[finetune]'"
             ) from error
 
 

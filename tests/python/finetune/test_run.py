@@ -132,6 +132,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(options: Opt
     assert not (options.out / "config.json").exists()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_the_last_update_ruined_are_not_saved(
+    options: Options, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    def ruinous(training: loop.Training, number: int) -> tuple[float, float]:
+        next(training.model.parameters()).data.view(-1)[3] = bad
+        return 2.0, 1e-3
+
+    monkeypatch.setattr(loop.Training, "_update", ruinous)
+    with pytest.raises(TrainingError, match="no longer finite after step"):
+        loop.run(options)
+    assert not (options.out / "config.json").exists()
+
+
 def test_a_budget_refused_in_the_first_step_leaves_the_directory_for_the_next_run(options: Options) -> None:
     with pytest.raises(BudgetError, match="too small for this batch"):
         loop.run(dataclasses.replace(options, device_memory="180KiB", batch_size=16))
