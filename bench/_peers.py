@@ -105,7 +105,7 @@ class System:
         raise NotImplementedError
 
     def trace(self, ids: torch.Tensor) -> dict[str, Any]:
-        """More facts about a step, found after the timed ones; most systems have none."""
+        """What a trace of two more steps says; most systems have none."""
         return {}
 
     def synchronize(self) -> None:

@@ -72,7 +72,7 @@ class Slidecore(_peers.System):
             plot_timeline(directory / f"timeline-{ids.size(0)}.png", trace.spans, title=title)
         except MissingDependencyError as error:
             print(f"slidecore: no picture of the lanes: {error.message}", file=sys.stderr)
-        return {"trace": trace.summary}
+        return trace.summary
 
     def facts(self) -> dict[str, Any]:
         from slidecore import _core
@@ -227,10 +227,12 @@ def main() -> int:
         for batch in job["batches"]:
             stage = f"batch {batch}"
             result = run_batch(system, shape, batch, job["steps"], job["warmup"], job["seed"], device)
-            result.update(_plain(system.trace(_model.tokens(shape, batch, job["seed"], device))))
             tell("batch", result=result)
+        stage = "trace"
+        # After all timed steps: traced ones train too, and the losses of all systems are to be compared.
+        traces = {batch: system.trace(_model.tokens(shape, batch, job["seed"], device)) for batch in job["batches"]}
         stage = "end"
-        tell("done", facts=_plain(system.facts()))
+        tell("done", facts=_plain({**system.facts(), "traces": traces}))
         system.close()
     except Exception as error:
         traceback.print_exc()
