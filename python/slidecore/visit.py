@@ -311,7 +311,7 @@ class Visits:
         graph = VisitGraph(keep=record.keep_graph)
         if not record.keep_graph:
             record.random.append(RandomState.capture(engine.backend.torch_device))
-        leaves = self._leaves(use, slot)
+        leaves = self._leaves(use, slot, graph)
 
         def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             with swapped(use.chunk, leaves):
@@ -327,10 +327,11 @@ class Visits:
         use.backward_reads_weights = graph.reads_weights
         return outputs
 
-    def _leaves(self, use: Use, slot: torch.Tensor) -> dict[Entry, torch.Tensor]:
+    def _leaves(self, use: Use, slot: torch.Tensor, graph: VisitGraph) -> dict[Entry, torch.Tensor]:
         """Parameters over the slot's memory whose gradients go to this step's sum."""
         leaves = leaves_of(use.chunk, slot, graph=True)
-        collect(leaves, lambda entry, gradient: self._engine.gradient_of(use.chunk).add(entry, gradient))
+        add = graph.guarded(lambda entry, gradient: self._engine.gradient_of(use.chunk).add(entry, gradient))
+        collect(leaves, add)
         return leaves
 
     @staticmethod
@@ -384,7 +385,7 @@ class Visits:
                 if recompute and slot is not None:
                     self._refill(record, graph, slot, tensors, i)
                 try:
-                    with swapped(use.chunk, self._leaves(use, slot) if slot is not None else {}):
+                    with swapped(use.chunk, self._leaves(use, slot, graph) if slot is not None else {}):
                         graph.backward(slot, record.output_gradients(gradients, i))
                 finally:
                     if recompute:
