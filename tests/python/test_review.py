@@ -11,6 +11,7 @@ import slidecore
 import torch
 import torch.nn.functional as F
 from _models import Batch, Residual, Stack, distance, feature_batches, weights, worst
+from slidecore.offloading import engine_of
 from torch import nn
 
 Offload = Callable[..., nn.Module]
@@ -121,15 +122,101 @@ def penalized(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "loss"), [(Functional, mse), (Stack, penalized)])
-def test_gradients_past_the_visits_are_not_lost_in_silence(
-    offload: Offload, kind: type[nn.Module], loss: Loss
-) -> None:
+def test_gradients_past_the_visits_are_not_lost_in_silence(offload: Offload, kind: type[nn.Module], loss: Loss) -> None:
     model = offload(kind())
     optimizer = slidecore.AdamW(model.parameters())
-    with pytest.raises(slidecore.UsageError, match="gradient reached .* past the offloaded modules"):
+    with pytest.raises(slidecore.UsageError, match=r"gradient reached .* past the offloaded modules"):
         loss(model, feature_batches(1)[0]).backward()
     assert all(p.grad is None for p in model.parameters())
     optimizer.step()
     slidecore.close(model)
     loss(model, feature_batches(1)[0]).backward()  # a plain model again
     assert model.leave.weight.grad is not None
+
+
+# --- tensors from inside a block
+
+
+class Auxiliary(Residual):
+    """Keeps a penalty on its input for the loss to find."""
+
+    def __init__(self) -> None:
+        super().__init__(13, 29)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.penalty = x.pow(2).mean()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("keep_graphs", [0, 5])
+def test_gradients_of_tensors_from_inside_a_block_are_not_lost_in_silence(offload: Offload, keep_graphs: int) -> None:
+    model = offload(Stack(block=Auxiliary), keep_graphs=keep_graphs)
+    optimizer = slidecore.AdamW(model.parameters())
+    batch = feature_batches(1)[0]
+    with pytest.raises(RuntimeError, match="outside its backward visit"):
+        (mse(model, batch) + sum(block.penalty for block in model.blocks)).backward()
+    optimizer.step()
+    mse(model, batch).backward()
+    optimizer.step()
+
+
+class Complex(Residual):
+    """Parameters seen as complex numbers, one of them conjugated."""
+
+    def __init__(self) -> None:
+        super().__init__(13, 29)
+        self.a, self.b = nn.Parameter(torch.randn(13, 2)), nn.Parameter(torch.randn(13, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = torch.view_as_complex(self.a) * x.to(torch.complex64) * torch.view_as_complex(self.b).conj()
+        return super().forward(x + 0.1 * (z * z).real)
+
+
+@pytest.mark.parametrize("keep_graphs", [0, 5])
+def test_weights_seen_as_complex_numbers(offload: Offload, keep_graphs: int) -> None:
+    assert difference(offload, lambda: Stack(block=Complex), keep_graphs=keep_graphs) < 1e-4
+
+
+# --- micro-batches
+
+
+class SequenceFirst(nn.Module):
+    """PyTorch's own encoder with its default layout: dimension 0 is the sequence."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first)
+        self.enter = nn.Linear(7, 16)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.leave = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.leave(self.encoder(self.enter(x)))
+
+
+def test_a_dimension_0_that_is_no_batch_is_not_split(offload: Offload) -> None:
+    with pytest.warns(UserWarning, match=r"TransformerEncoderLayer .*depend on each other"):
+        assert difference(offload, lambda: SequenceFirst(batch_first=False), micro_batch=2) < 1e-2
+
+
+def test_a_batch_is_split(offload: Offload, recwarn: pytest.WarningsRecorder) -> None:
+    assert difference(offload, lambda: SequenceFirst(batch_first=True), micro_batch=2) < 1e-2
+    assert not [w for w in recwarn if "micro-batches" in str(w.message)]
+
+
+# --- blocks that are called more often than there are blocks
+
+
+def test_graphs_of_repeated_blocks_are_kept_as_asked(offload: Offload) -> None:
+    def repeated() -> nn.Module:
+        model = Stack(depth=2)
+        model.blocks = nn.ModuleList([*model.blocks, *model.blocks])
+        return model
+
+    assert difference(offload, repeated, keep_graphs=0) < 1e-5
+    model = offload(repeated(), keep_graphs=0)
+    output = model(feature_batches(1)[0]["x"])
+    kept = [r.keep_graph for r in engine_of(model)._live if r.use.chunk.kind == "block"]
+    assert output.requires_grad
+    assert kept == [False] * 4
