@@ -94,7 +94,7 @@ class SavedInput:
                 # The lanes have stopped (their error was raised to the caller): nothing uses the tensor any more.
                 self._store.lost.append((self.tensor, self._fetched, self._host))
         if self._host is not None:
-            self._store.give_host(self._host)
+            self._store.give_host(self._host, ticket or self._saved_ticket)
             self._host = None
         self._let_go()
         self._fetched = None
@@ -112,21 +112,34 @@ class SavedInputs:
     def __init__(self, backend: Backend, scheduler: _core.Scheduler) -> None:
         self.backend = backend
         self.scheduler = scheduler
-        self._free: dict[int, list[_core.HostBuffer]] = {}
+        self._free: list[tuple[_core.HostBuffer, int]] = []  # with the fetch that may still read it
         self._settling: deque[SavedInput] = deque()
         self.host_bytes = 0
         # What copies on failed lanes may still touch lives as long as the lanes.
         self.lost: list[object] = []
 
     def take_host(self, nbytes: int) -> _core.HostBuffer:
-        free = self._free.setdefault(nbytes, [])
-        if free:
-            return free.pop()
+        """The smallest free buffer that is large enough, or a new one in the place of one that is too small.
+
+        So there are never more buffers than inputs saved at once, whatever lengths the batches have.
+        """
+        fitting = [i for i, (buffer, _) in enumerate(self._free) if len(buffer) >= nbytes]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda i: len(self._free[i][0])))[0]
+        if self._free:
+            self._drop(self._free.pop(max(range(len(self._free)), key=lambda i: len(self._free[i][0]))))
         self.host_bytes += nbytes
         return _core.HostBuffer(self.backend.core, nbytes, True)
 
-    def give_host(self, buffer: _core.HostBuffer) -> None:
-        self._free.setdefault(len(buffer), []).append(buffer)
+    def give_host(self, buffer: _core.HostBuffer, ticket: int) -> None:
+        """Takes a buffer back; the transfer `ticket` (or 0) may still use it."""
+        self._free.append((buffer, ticket))
+
+    def _drop(self, free: tuple[_core.HostBuffer, int]) -> None:
+        buffer, ticket = free
+        if ticket:
+            self.scheduler.synchronize_ticket(ticket)  # before the memory is unmapped
+        self.host_bytes -= len(buffer)
 
     def save(self, tensor: torch.Tensor, chunk: int, *, on_device: bool, shared: bool) -> SavedInput:
         """Saves a detached tensor of device memory; contiguous ones go to the host unless `on_device`.
@@ -147,6 +160,5 @@ class SavedInputs:
 
     def drop_free_buffers(self) -> None:
         """Unmaps host buffers that no saved input uses (after sizes changed)."""
-        for nbytes, buffers in self._free.items():
-            self.host_bytes -= nbytes * len(buffers)
-        self._free.clear()
+        while self._free:
+            self._drop(self._free.pop())
