@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -241,6 +241,16 @@ class Engine:
         for chunk in self.chunks:
             for _, module in chunk.uses:
                 module.__dict__.pop("forward", None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.refuse_copy()
+
+    def refuse_copy(self, protocol: Any = None) -> NoReturn:
+        """Stands for `__reduce_ex__` of the offloaded modules: a copy would go on to compute with the original."""
+        raise UsageError(
+            "an offloaded model, or a part of one, cannot be copied or pickled: its weights are planes that lanes work "
+            "on. Save model.state_dict(), or call slidecore.close(model) first"
+        )
 
     def _visiting(self, use: Use) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
