@@ -66,7 +66,7 @@ demo: $(stamps)/package
 test: test-python test-cpp test-downstream
 
 test-python: $(stamps)/test
-	$(python) -m pytest
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pytest
 
 test-cpp: $(stamps)/venv
 	scripts/check_compiler.sh

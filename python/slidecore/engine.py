@@ -10,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -247,6 +247,16 @@ class Engine:
             for _, module in chunk.uses:
                 module.__dict__.pop("forward", None)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.refuse_copy()
+
+    def refuse_copy(self, protocol: Any = None) -> NoReturn:
+        """Stands for `__reduce_ex__` of the offloaded modules: a copy would go on to compute with the original."""
+        raise UsageError(
+            "an offloaded model, or a part of one, cannot be copied or pickled: its weights are planes that lanes work "
+            "on. Save model.state_dict(), or call slidecore.close(model) first"
+        )
+
     def _visiting(self, use: Use) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self.visits.call(use, args, kwargs)
@@ -474,16 +484,17 @@ class Engine:
     def keeps_graph(self, use: Use) -> bool:
         if use.chunk.kind != "block":
             return True
-        return self._from_last() < self._plan.kept_graphs
+        return 0 <= self._from_last() < self._plan.kept_graphs
 
     def _from_last(self) -> int:
+        """Blocks that follow; negative where blocks are called more often than there are blocks."""
         return len(self._block_ordinal) - 1 - self._block_position
 
     def stays_on_device(self, use: Use, tensor: torch.Tensor, requires_grad: bool) -> bool:
         """Masks, positions and other inputs that all blocks share stay; what the last block produced may go."""
         if not requires_grad or tensor.numel() * tensor.element_size() < SMALLEST_SAVED:
             return True
-        return self._from_last() < self._plan.saved_on_device
+        return 0 <= self._from_last() < self._plan.saved_on_device
 
     def head_tile(self, vocabulary: int) -> int:
         """Tokens whose logits the head makes at once, as the budget allows."""
@@ -558,8 +569,48 @@ class Engine:
             micro_batch=min(self.micro_batch, batch) if self.micro_batch is not None else None,
             keep_graphs=self._keep_graphs_asked,
         )
+        if plan.micro_batches > 1 and not self._independent(use, call, tensors, split):
+            kind = type(use.module).__name__
+            self._whole_batch.add(kind)
+            warnings.warn(
+                f"the samples of {kind} along dimension 0 depend on each other (batch_first=False?), so its batch is "
+                f"not split into micro-batches",
+                stacklevel=2,
+            )
+            return self._plan_for(use, call, tensors, [False] * len(tensors), main)
         logger.info("%s with batch %d: %s", type(use.module).__name__, batch, plan)
         return plan
+
+    def _independent(self, use: Use, call: Call, tensors: Sequence[torch.Tensor], split: list[bool]) -> bool:
+        """Whether neither of two samples' outputs depends on the other's inputs, by their exact gradients."""
+        state = RandomState.capture(self.backend.torch_device)
+        own = [
+            t[:2].detach().clone().requires_grad_(t.is_floating_point()) if s else t.detach()
+            for t, s in zip(tensors, split, strict=True)
+        ]
+        inputs = [t for t in own if t.requires_grad]
+        try:
+            with (
+                self.holding(use.chunk, backward=False) as slot,
+                swapped(use.chunk, leaves_of(use.chunk, slot, graph=False)),
+                unchanged_buffers(use.module),
+                torch.enable_grad(),
+            ):
+                args, kwargs = call.put([t.clone() if t.requires_grad else t for t in own])
+                outputs = Output.take(use.forward(*args, **kwargs))[1]
+                # Outputs that cannot be joined are found, and reported, by the first visit.
+                outputs = [o for o in outputs if o.requires_grad and o.dim() > 0 and o.shape[0] % 2 == 0]
+                for sample in range(2 if outputs else 0):
+                    parts = [o.chunk(2)[sample] for o in outputs]
+                    # Not autograd.grad, which checkpointing inside the block may refuse.
+                    torch.autograd.backward(parts, [torch.randn_like(p) for p in parts], retain_graph=True)
+                    for tensor in inputs:
+                        if tensor.grad is not None and bool(tensor.grad[1 - sample].any()):
+                            return False
+                        tensor.grad = None
+        finally:
+            state.set(self.backend.torch_device)
+        return True
 
     def _probe(self, use: Use, call: Call, tensors: list[torch.Tensor]) -> int:
         """Bytes that the graph of one block saves for one sample, found by running it once."""

@@ -27,9 +27,16 @@ class _SlotReference:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._size, self._stride, self._offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+        self._dtype, self._conj, self._neg = tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
     def resolve(self, slot: torch.Tensor) -> torch.Tensor:
-        return slot.as_strided(self._size, self._stride, self._offset)
+        if self._dtype == slot.dtype:
+            view = slot.as_strided(self._size, self._stride, self._offset)
+        else:  # torch.view_as_complex(weight), weight.view(dtype)
+            view = torch.empty(0, dtype=self._dtype, device=slot.device)
+            view.set_(slot.untyped_storage(), self._offset, self._size, self._stride)  # type: ignore[call-overload]
+        view = view.conj() if self._conj else view
+        return torch._neg_view(view) if self._neg else view
 
 
 class _Kept:
@@ -67,17 +74,32 @@ _NOT_REPEATABLE = (
 )
 
 
+_OUTSIDE = (
+    "an offloaded module's graph was used outside its backward visit. A tensor from inside the module (kept on an "
+    "attribute, say, or by a hook on a submodule) was differentiated past the module's outputs: return it from the "
+    "module's forward, or detach it"
+)
+
+
+class _Phase:
+    """Whether a graph is being differentiated by its visit; shared with its nodes, which must not own the graph."""
+
+    backward = False
+
+
 class _Boundary(torch.autograd.Function):
     """The inputs' end of a graph: takes their gradients without holding the inputs, as leaves would."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: list[torch.Tensor | None], anchor: torch.Tensor, *tensors: torch.Tensor) -> Any:
-        ctx.gradients = gradients
+    def forward(ctx: Any, graph: VisitGraph, anchor: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        ctx.gradients, ctx.phase = graph._gradients, graph._phase
         ctx.set_materialize_grads(False)
         return tuple(t.detach() for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        if not ctx.phase.backward:
+            raise RuntimeError(_OUTSIDE)
         ctx.gradients[:] = gradients
         return (None, None, *(None for _ in gradients))
 
@@ -100,6 +122,7 @@ class VisitGraph:
         self._holders: list[weakref.ref[_Holder]] = []
         self._slot: torch.Tensor | None = None  # where the weights are
         self._seen: set[int] = set()
+        self._phase = _Phase()
         self._gradients: list[torch.Tensor | None] = []
         self._differentiable: list[int] = []
         self._edges: list[Any] = []
@@ -140,7 +163,7 @@ class VisitGraph:
             if isinstance(packed, _Holder) and packed.kept is not None:
                 return packed.kept.get()
             if isinstance(packed, _Holder) or graph is None or graph._slot is None:
-                raise RuntimeError("an offloaded module's graph was used outside its backward visit")
+                raise RuntimeError(_OUTSIDE)
             return packed.resolve(graph._slot)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
@@ -164,7 +187,7 @@ class VisitGraph:
         with torch.enable_grad(), self._hooks():
             own = list(inputs)
             if self._differentiable:
-                bound = _Boundary.apply(self._gradients, anchor, *(inputs[i] for i in self._differentiable))
+                bound = _Boundary.apply(self, anchor, *(inputs[i] for i in self._differentiable))
                 for i, tensor in zip(self._differentiable, bound, strict=True):
                     own[i] = tensor
             outputs = module(own)
@@ -216,9 +239,24 @@ class VisitGraph:
         """Differentiates: leaves of the weights get theirs through their hooks, inputs through `input_gradients`."""
         self._slot = slot
         pairs = [(e, g) for e, g in zip(self._edges, gradients, strict=True) if e is not None and g is not None]
-        if pairs:
-            torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
-        self._slot = None
+        self._phase.backward = True
+        try:
+            if pairs:
+                torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
+        finally:
+            self._phase.backward = False
+            self._slot = None
+
+    def guarded(self, add: Callable[..., None]) -> Callable[..., None]:
+        """`add`, for the gradients of the graph's weights: an error outside `backward`."""
+        phase = self._phase
+
+        def guarded(*args: Any) -> None:
+            if not phase.backward:
+                raise RuntimeError(_OUTSIDE)
+            add(*args)
+
+        return guarded
 
     def input_gradients(self, inputs: int) -> list[torch.Tensor | None]:
         """One entry for each of the `inputs` of `run`; None where there is no gradient."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from slidecore.gradients import GradientSum
 from slidecore.planner import BYTES_PER_LOGIT_UNFUSED
-from slidecore.visit import Use, collect, leaves_of, swapped
+from slidecore.visit import Use, check_whole_backward, collect, leaves_of, swapped
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
@@ -176,6 +176,7 @@ class HeadLoss(torch.autograd.Function):
         engine = record.engine
         if record.consumed:
             raise RuntimeError("backward through an offloaded model a second time: its gradients were consumed")
+        check_whole_backward(engine, record.use.chunk)
         engine.begin_backward(record)
         record.consumed = True
         factor = gradients[0]

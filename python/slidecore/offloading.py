@@ -156,10 +156,11 @@ def _hook(model: nn.Module, engine: Engine) -> None:
         return pytree.tree_map(to_device, args), pytree.tree_map(to_device, kwargs)
 
     def loaded(module: nn.Module, _: Any) -> None:
-        for chunk, entry in engine.entries.values():
-            engine.planes.clear_residual(chunk, entry)
-        for chunk in engine.chunks:
-            engine.scheduler.invalidate(chunk.index)
+        for parameter in module._parameters.values():
+            if id(parameter) in engine.entries:
+                chunk, entry = engine.entries[id(parameter)]
+                engine.planes.clear_residual(chunk, entry)
+                engine.scheduler.invalidate(chunk.index)
 
     def settle(*_: Any) -> None:
         engine.drain()
@@ -181,14 +182,24 @@ def _hook(model: nn.Module, engine: Engine) -> None:
             )
         return model  # where weights compute is slidecore's business; their masters stay in host memory
 
-    handles = [
-        model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        model.register_state_dict_pre_hook(settle),
-        model.register_load_state_dict_pre_hook(loading),
-        model.register_load_state_dict_post_hook(loaded),
-    ]
+    handles = [model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)]
+    for part in model.modules():  # whose state may be asked for, or loaded, by itself
+        handles += [
+            part.register_state_dict_pre_hook(settle),
+            part.register_load_state_dict_pre_hook(loading),
+            part.register_load_state_dict_post_hook(loaded),
+        ]
+    parts = list(model.modules())
     model.__dict__["_apply"] = apply
-    engine.detach = [handle.remove for handle in handles] + [lambda: model.__dict__.pop("_apply", None)]
+    for part in parts:
+        part.__dict__["__reduce_ex__"] = engine.refuse_copy
+
+    def restore() -> None:
+        model.__dict__.pop("_apply", None)
+        for part in parts:
+            part.__dict__.pop("__reduce_ex__", None)
+
+    engine.detach = [*(handle.remove for handle in handles), restore]
 
 
 def close(model: nn.Module) -> None:

@@ -94,7 +94,7 @@ class SavedInput:
                 # The lanes have stopped (their error was raised to the caller): nothing uses the tensor any more.
                 self._store.lost.append((self.tensor, self._fetched, self._host))
         if self._host is not None:
-            self._store.give_host(self._host)
+            self._store.give_host(self._host, ticket or self._saved_ticket)
             self._host = None
         self._let_go()
         self._fetched = None
@@ -104,7 +104,7 @@ class SavedInput:
 
 
 class SavedInputs:
-    """Pinned host buffers, and the tensors whose copies to them are under way."""
+    """Pinned host buffers by size, and the tensors whose copies to them are under way."""
 
     # How many tensors may still be on the device while their copies run: one being copied, one just produced.
     SETTLING = 2
@@ -112,37 +112,34 @@ class SavedInputs:
     def __init__(self, backend: Backend, scheduler: _core.Scheduler) -> None:
         self.backend = backend
         self.scheduler = scheduler
-        self._free: list[_core.HostBuffer] = []
+        self._free: list[tuple[_core.HostBuffer, int]] = []  # with the fetch that may still read it
         self._settling: deque[SavedInput] = deque()
         self.host_bytes = 0
         # What copies on failed lanes may still touch lives as long as the lanes.
         self.lost: list[object] = []
 
     def take_host(self, nbytes: int) -> _core.HostBuffer:
-        """A pinned buffer of at least `nbytes`: the smallest free one that holds them, or a new one.
+        """The smallest free buffer that is large enough, or a new one in the place of one that is too small.
 
-        Batches of varying length must not collect buffers of every length: a new one replaces a free one.
+        So there are never more buffers than inputs saved at once, whatever lengths the batches have.
         """
-        fitting = [buffer for buffer in self._free if len(buffer) >= nbytes]
+        fitting = [i for i, (buffer, _) in enumerate(self._free) if len(buffer) >= nbytes]
         if fitting:
-            chosen = min(fitting, key=len)
-            self._free.remove(chosen)
-            return chosen
+            return self._free.pop(min(fitting, key=lambda i: len(self._free[i][0])))[0]
         if self._free:
-            # Its last copy may still be on its way.
-            self.scheduler.synchronize()
-            too_small = max(self._free, key=len)
-            self._free.remove(too_small)
-            self.host_bytes -= len(too_small)
-            del too_small
-        # In steps of an eighth, so that slowly growing lengths do not replace every buffer every time.
-        step = max(4096, (1 << nbytes.bit_length()) // 16)
-        buffer = _core.HostBuffer(self.backend.core, -(-nbytes // step) * step, True)
-        self.host_bytes += len(buffer)
-        return buffer
+            self._drop(self._free.pop(max(range(len(self._free)), key=lambda i: len(self._free[i][0]))))
+        self.host_bytes += nbytes
+        return _core.HostBuffer(self.backend.core, nbytes, True)
 
-    def give_host(self, buffer: _core.HostBuffer) -> None:
-        self._free.append(buffer)
+    def give_host(self, buffer: _core.HostBuffer, ticket: int) -> None:
+        """Takes a buffer back; the transfer `ticket` (or 0) may still use it."""
+        self._free.append((buffer, ticket))
+
+    def _drop(self, free: tuple[_core.HostBuffer, int]) -> None:
+        buffer, ticket = free
+        if ticket:
+            self.scheduler.synchronize_ticket(ticket)  # before the memory is unmapped
+        self.host_bytes -= len(buffer)
 
     def save(self, tensor: torch.Tensor, chunk: int, *, on_device: bool, shared: bool) -> SavedInput:
         """Saves a detached tensor of device memory; contiguous ones go to the host unless `on_device`.

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from slidecore.errors import UsageError
 from slidecore.graphs import VisitGraph, outliving
 from slidecore.partition import Chunk, Entry
 from slidecore.saved_inputs import SavedInput
@@ -239,7 +240,18 @@ class VisitFunction(torch.autograd.Function):
                 "backward through an offloaded model a second time: its gradients were consumed by the first one. Call "
                 "the model again to get a new graph"
             )
+        check_whole_backward(record.engine, record.use.chunk)
         return (None, None, *record.engine.visits.run_backward(record, gradients))
+
+
+def check_whole_backward(engine: Engine, chunk: Chunk) -> None:
+    """Raises UsageError in a backward for some gradients only: it would update the weights all the same."""
+    node = engine.visits.anchor_node
+    if any(e.trainable for e in chunk.entries) and not torch._C._will_engine_execute_node(node):  # type: ignore[attr-defined]
+        raise UsageError(
+            "torch.autograd.grad, or backward(inputs=...), through an offloaded model with trainable parameters would "
+            "update them. Use backward() and read .grad of the inputs, or freeze the model before offload()"
+        )
 
 
 class Visits:
@@ -248,6 +260,7 @@ class Visits:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.anchor = torch.zeros((), device=engine.backend.torch_device, requires_grad=True)
+        self.anchor_node = torch.autograd.graph.get_gradient_edge(self.anchor).node
 
     def call(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What an offloaded module's forward does."""
@@ -311,7 +324,7 @@ class Visits:
         graph = VisitGraph(keep=record.keep_graph)
         if not record.keep_graph:
             record.random.append(RandomState.capture(engine.backend.torch_device))
-        leaves = self._leaves(use, slot)
+        leaves = self._leaves(use, slot, graph)
 
         def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             with swapped(use.chunk, leaves):
@@ -327,10 +340,11 @@ class Visits:
         use.backward_reads_weights = graph.reads_weights
         return outputs
 
-    def _leaves(self, use: Use, slot: torch.Tensor) -> dict[Entry, torch.Tensor]:
+    def _leaves(self, use: Use, slot: torch.Tensor, graph: VisitGraph) -> dict[Entry, torch.Tensor]:
         """Parameters over the slot's memory whose gradients go to this step's sum."""
         leaves = leaves_of(use.chunk, slot, graph=True)
-        collect(leaves, lambda entry, gradient: self._engine.gradient_of(use.chunk).add(entry, gradient))
+        add = graph.guarded(lambda entry, gradient: self._engine.gradient_of(use.chunk).add(entry, gradient))
+        collect(leaves, add)
         return leaves
 
     @staticmethod
@@ -384,7 +398,7 @@ class Visits:
                 if recompute and slot is not None:
                     self._refill(record, graph, slot, tensors, i)
                 try:
-                    with swapped(use.chunk, self._leaves(use, slot) if slot is not None else {}):
+                    with swapped(use.chunk, self._leaves(use, slot, graph) if slot is not None else {}):
                         graph.backward(slot, record.output_gradients(gradients, i))
                 finally:
                     if recompute:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,18 @@ import pytest
 import slidecore
 import torch
 import torch.nn.functional as F
-from _models import Batch, Residual, Stack, distance, feature_batches, weights, worst
+from _models import (
+    Batch,
+    Residual,
+    Stack,
+    distance,
+    feature_batches,
+    language_model,
+    token_batches,
+    weights,
+    worst,
+)
+from slidecore.offloading import engine_of
 from torch import nn
 
 Offload = Callable[..., nn.Module]
@@ -131,3 +143,170 @@ def test_gradients_past_the_visits_are_not_lost_in_silence(offload: Offload, kin
     slidecore.close(model)
     loss(model, feature_batches(1)[0]).backward()  # a plain model again
     assert model.leave.weight.grad is not None
+
+
+# --- tensors from inside a block
+
+
+class Auxiliary(Residual):
+    """Keeps a penalty on its input for the loss to find."""
+
+    def __init__(self) -> None:
+        super().__init__(13, 29)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.penalty = x.pow(2).mean()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("keep_graphs", [0, 5])
+def test_gradients_of_tensors_from_inside_a_block_are_not_lost_in_silence(offload: Offload, keep_graphs: int) -> None:
+    model = offload(Stack(block=Auxiliary), keep_graphs=keep_graphs)
+    optimizer = slidecore.AdamW(model.parameters())
+    batch = feature_batches(1)[0]
+    with pytest.raises(RuntimeError, match="outside its backward visit"):
+        (mse(model, batch) + sum(block.penalty for block in model.blocks)).backward()
+    optimizer.step()
+    mse(model, batch).backward()
+    optimizer.step()
+
+
+class Complex(Residual):
+    """Parameters seen as complex numbers, one of them conjugated."""
+
+    def __init__(self) -> None:
+        super().__init__(13, 29)
+        self.a, self.b = nn.Parameter(torch.randn(13, 2)), nn.Parameter(torch.randn(13, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = torch.view_as_complex(self.a) * x.to(torch.complex64) * torch.view_as_complex(self.b).conj()
+        return super().forward(x + 0.1 * (z * z).real)
+
+
+@pytest.mark.parametrize("keep_graphs", [0, 5])
+def test_weights_seen_as_complex_numbers(offload: Offload, keep_graphs: int) -> None:
+    assert difference(offload, lambda: Stack(block=Complex), keep_graphs=keep_graphs) < 1e-4
+
+
+# --- micro-batches
+
+
+class SequenceFirst(nn.Module):
+    """PyTorch's own encoder with its default layout: dimension 0 is the sequence."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first)
+        self.enter = nn.Linear(7, 16)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.leave = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.leave(self.encoder(self.enter(x)))
+
+
+def test_a_dimension_0_that_is_no_batch_is_not_split(offload: Offload) -> None:
+    with pytest.warns(UserWarning, match=r"TransformerEncoderLayer .*depend on each other"):
+        assert difference(offload, lambda: SequenceFirst(batch_first=False), micro_batch=2) < 1e-2
+
+
+def test_a_batch_is_split(offload: Offload, recwarn: pytest.WarningsRecorder) -> None:
+    assert difference(offload, lambda: SequenceFirst(batch_first=True), micro_batch=2) < 1e-2
+    assert not [w for w in recwarn if "micro-batches" in str(w.message)]
+
+
+# --- blocks that are called more often than there are blocks
+
+
+def test_graphs_of_repeated_blocks_are_kept_as_asked(offload: Offload) -> None:
+    def repeated() -> nn.Module:
+        model = Stack(depth=2)
+        model.blocks = nn.ModuleList([*model.blocks, *model.blocks])
+        return model
+
+    assert difference(offload, repeated, keep_graphs=0) < 1e-5
+    model = offload(repeated(), keep_graphs=0)
+    output = model(feature_batches(1)[0]["x"])
+    kept = [r.keep_graph for r in engine_of(model)._live if r.use.chunk.kind == "block"]
+    assert output.requires_grad
+    assert kept == [False] * 4
+
+
+# --- backward for some gradients only
+
+
+@pytest.mark.parametrize("kind", ["grad", "inputs", "head"])
+def test_gradients_of_inputs_alone_do_not_update(offload: Offload, kind: str) -> None:
+    if kind == "head":
+        model = offload(language_model("llama"))
+        batch = token_batches(1)[0]
+        x = torch.randn(3, 17, 48, requires_grad=True)
+        loss = model(inputs_embeds=x, labels=batch["labels"]).loss
+    else:
+        model = offload(Stack())
+        x = feature_batches(1)[0]["x"].requires_grad_()
+        loss = model(x).sum()
+    optimizer = slidecore.AdamW(model.parameters(), lr=0.1)
+    before = weights(model)
+    with pytest.raises(slidecore.UsageError, match=r"autograd\.grad"):
+        loss.backward(inputs=[x]) if kind == "inputs" else torch.autograd.grad(loss, x)
+    optimizer.step()
+    slidecore.synchronize(model)
+    assert worst(distance(weights(model), before, 1))[0] == 0
+
+
+# --- many steps, and parts of a model by themselves
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_saved_inputs_of_many_lengths_share_host_memory(offload: Offload, order: int) -> None:
+    model = offload(Stack(width=64))
+    optimizer = slidecore.AdamW(model.parameters())
+    most = 0
+    for length in range(20, 200, 15)[::order]:
+        mse(model, feature_batches(1, shape=(5, length))[0]).backward()
+        optimizer.step()
+        most = max(most, length)
+    assert slidecore.stats(model).saved_inputs_bytes <= 5 * (5 * most * 64 * 4)
+
+
+def test_states_of_parts(offload: Offload) -> None:
+    model = offload(Stack(), compute_dtype=torch.bfloat16)
+    optimizer = slidecore.AdamW(model.parameters(), lr=0.1)
+    x = feature_batches(1)[0]["x"].bfloat16()
+    model(x).sum().backward()
+    optimizer.step()
+    model.blocks.state_dict()  # waits for the updates
+    masters = {n: slidecore.master_parameter(model, n) for n in ("enter.weight", "blocks.0.up.weight")}
+    with torch.no_grad():
+        before = model(x)
+        model.blocks.load_state_dict({n: torch.zeros_like(t) for n, t in model.blocks.state_dict().items()})
+        assert not torch.equal(model(x), before)  # no slot kept the old weights
+    assert torch.equal(slidecore.master_parameter(model, "enter.weight"), masters["enter.weight"])
+    assert not slidecore.master_parameter(model, "blocks.0.up.weight").any()
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("part", ["", "blocks", "blocks.0", "leave"])
+def test_copies_are_refused(offload: Offload, take: Callable[[Any], Any], part: str) -> None:
+    model = offload(Stack())
+    with pytest.raises(slidecore.UsageError, match="cannot be copied or pickled"):
+        take(model.get_submodule(part))
+    slidecore.close(model)
+    take(model.get_submodule(part))
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 1}])
+def test_inner_model_with_a_loss_of_ones_own(offload: Offload, options: dict[str, Any]) -> None:
+    plain = language_model("llama")
+    model = offload(copy.deepcopy(plain), **options)
+    for each, kind in ((plain, torch.optim.AdamW), (model, slidecore.AdamW)):
+        optimizer = kind(each.parameters(), lr=1e-3)
+        for batch in token_batches(3):
+            hidden = each.model(batch["input_ids"]).last_hidden_state
+            F.cross_entropy(each.lm_head(hidden).flatten(0, 1), batch["labels"].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    slidecore.synchronize(model)
+    assert worst(distance(weights(model), weights(plain)))[0] < 1e-4

@@ -27,10 +27,12 @@ def attach(model: nn.Module, engine: Engine) -> None:
         return
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.gradient_checkpointing_disable()  # type: ignore[operator]
-    parameters = inspect.signature(type(model).forward).parameters
     handles = []
-    if "use_cache" in parameters or "kwargs" in parameters:
-        handles.append(model.register_forward_pre_hook(_without_cache, with_kwargs=True))
+    for part in model.modules():  # whose own forward may be called, too: model.model(...)
+        if isinstance(part, transformers.PreTrainedModel):
+            parameters = inspect.signature(type(part).forward).parameters
+            if "use_cache" in parameters or "kwargs" in parameters:
+                handles.append(part.register_forward_pre_hook(_without_cache, with_kwargs=True))
     use = _head_of(model, engine)
     if use is not None:
         handles += _defer_logits(model, engine, use)
