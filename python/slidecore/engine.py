@@ -317,12 +317,25 @@ class Engine:
         """Called at every forward visit that builds a graph."""
         if not self.train:
             raise UsageError("this model was offloaded with train=False; run it under torch.no_grad()")
+        if torch._C._current_graph_task_id() == -1:
+            self._recover()
         if self.state in ("idle", "updated"):
             if self.state == "idle":
                 self.state = "forward"
             if not self._pending:
                 self._reset_pass()
         self.set_mode("train")
+
+    def _recover(self) -> None:
+        """Called outside of backward passes: one that has begun and not ended failed."""
+        if self.state == "backward":
+            warnings.warn(
+                "the last backward pass did not finish; the blocks that it had reached are updated, the others are "
+                "not, and training goes on from there",
+                stacklevel=4,
+            )
+            self.state = "idle"
+            self._reset_pass()
 
     def _reset_pass(self) -> None:
         self._sums.clear()
@@ -344,14 +357,7 @@ class Engine:
                     f"{entry.name}.requires_grad was changed to {entry.parameter.requires_grad} after offload(); set "
                     f"it before, so that {chunk.name!r} has the planes it needs"
                 )
-        if self.state == "backward":
-            warnings.warn(
-                "the last backward pass did not finish; the blocks that it had reached are updated, the others are "
-                "not, and training goes on from there",
-                stacklevel=3,
-            )
-            self.state = "idle"
-            self._reset_pass()
+        self._recover()
         if self.state == "forward" and not self._live:
             # The graphs of earlier forwards were dropped without a backward.
             self._reset_pass()

@@ -60,6 +60,7 @@ class DeferredLogits(torch.Tensor):
         return made
 
     _generation: int
+    changed: torch.Tensor | None = None  # the logits, once they were modified in place
 
     def materialise(self) -> torch.Tensor:
         """The real logits, as the head would have returned them.
@@ -67,6 +68,8 @@ class DeferredLogits(torch.Tensor):
         Raises:
             RuntimeError: the weights have been updated since the forward.
         """
+        if self.changed is not None:
+            return self.changed
         if self._generation != self.engine.generation:
             raise RuntimeError(
                 "the logits of this forward were not kept and the weights have been updated since; look at "
@@ -82,8 +85,11 @@ class DeferredLogits(torch.Tensor):
         kwargs = kwargs or {}
         if func in _PROPERTIES or getattr(func, "__name__", "") in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
+        if args and isinstance(args[0], DeferredLogits) and _in_place(func):
+            args[0].changed = args[0].materialise()
         others = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-        if func in _ELEMENTWISE and len(others) == 1 and isinstance(args[0], DeferredLogits):
+        lazy = func in _ELEMENTWISE and len(others) == 1 and isinstance(args[0], DeferredLogits)
+        if lazy and args[0].changed is None:
             me: DeferredLogits = args[0]
             rest = args[1:]
             dtype = func(torch.empty(0, dtype=me.dtype, device="meta"), *rest, **kwargs).dtype
@@ -117,6 +123,16 @@ _PROPERTIES = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_meta")
 }
+
+
+def _in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):  # __setitem__, __iadd__ and the like
+        return name == "__setitem__" or (name.startswith("__i") and f"__{name[3:]}" in _OPERATORS)
+    return name.endswith("_")
+
+
+_OPERATORS = {"__add__", "__sub__", "__mul__", "__truediv__", "__floordiv__", "__mod__", "__pow__"}
 
 
 def _deferred(value: Any) -> Iterator[DeferredLogits]:

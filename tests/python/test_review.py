@@ -310,3 +310,49 @@ def test_inner_model_with_a_loss_of_ones_own(offload: Offload, options: dict[str
             optimizer.zero_grad()
     slidecore.synchronize(model)
     assert worst(distance(weights(model), weights(plain)))[0] < 1e-4
+
+
+# --- logits modified in place, and a backward that failed without anybody noticing
+
+
+@pytest.mark.parametrize("how", ["setitem", "method", "operator"])
+def test_logits_modified_in_place(offload: Offload, how: str) -> None:
+    plain = language_model("llama")
+    model = offload(copy.deepcopy(plain))
+    slidecore.AdamW(model.parameters())
+    batch = token_batches(1)[0]
+    for grad in (False, True):
+        results = []
+        for each in (plain, model):
+            with torch.set_grad_enabled(grad):
+                logits = each(**batch).logits
+                if how == "setitem":
+                    logits[..., 5] = -100.0
+                elif how == "method":
+                    logits.mul_(2.0)
+                else:
+                    logits *= 2.0
+                results.append(F.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten()))
+        torch.testing.assert_close(*results)
+
+
+def test_blocks_called_by_themselves_after_a_failed_backward(offload: Offload) -> None:
+    model = offload(Stack())
+    optimizer = slidecore.AdamW(model.parameters(), lr=0.1)
+    batch = feature_batches(1)[0]
+
+    def forward(fails: bool) -> torch.Tensor:
+        h = model.enter(batch["x"])
+        for i, block in enumerate(model.blocks):
+            h = block(h)
+            if fails and i == 2:
+                h.register_hook(lambda _: 1 / 0)
+        return model.leave(model.norm(h)).sum()
+
+    with pytest.raises(ZeroDivisionError):
+        forward(fails=True).backward()
+    with pytest.warns(UserWarning, match="did not finish"):
+        loss = forward(fails=False)
+    loss.backward()
+    assert engine_of(model).state == "updated"
+    optimizer.step()

@@ -90,6 +90,8 @@ def _defer_logits(model: nn.Module, engine: Engine, use: Use) -> list[Any]:
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if isinstance(logits, DeferredLogits) and logits.changed is not None:
+            logits = logits.changed
         if not isinstance(logits, DeferredLogits):
             return original(  # type: ignore[no-any-return, operator]
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
