@@ -172,6 +172,7 @@ class Engine:
         self._plans: dict[Any, ActivationPlan] = {}
         self._plan = ActivationPlan(1, 0, 0)
         self._whole_batch: set[str] = set()
+        self._separable: dict[str, bool] = {}  # classes of blocks whose samples were seen not to depend on each other
         self._block_position = 0
         self._hyper: dict[Entry, _core.AdamWHyper] = {}
         self._resident_depth = 0
@@ -575,8 +576,10 @@ class Engine:
             micro_batch=min(self.micro_batch, batch) if self.micro_batch is not None else None,
             keep_graphs=self._keep_graphs_asked,
         )
-        if plan.micro_batches > 1 and not self._independent(use, call, tensors, split):
-            kind = type(use.module).__name__
+        kind = type(use.module).__name__
+        if plan.micro_batches > 1 and kind not in self._separable:
+            self._separable[kind] = self._independent(use, call, tensors, split)
+        if plan.micro_batches > 1 and not self._separable[kind]:
             self._whole_batch.add(kind)
             warnings.warn(
                 f"the samples of {kind} along dimension 0 depend on each other (batch_first=False?), so its batch is "

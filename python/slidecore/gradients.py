@@ -109,6 +109,11 @@ class GradientBuffers:
             scheduler.wait(ticket, self._backend.stream())
         return self._backend.empty(numel, dtype)
 
+    def release(self, scheduler: _core.Scheduler) -> None:
+        """Lets go of all buffers; the compute stream, in whose order memory is reused, comes after their downloads."""
+        while self._landing:
+            scheduler.wait(self._landing.popleft()[1], self._backend.stream())
+
     def landing(self, buffer: torch.Tensor, ticket: int) -> None:
         """`buffer` is being downloaded; it is kept until `ticket` is done."""
         self._landing.append((buffer, ticket))

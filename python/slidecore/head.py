@@ -213,6 +213,8 @@ def _run_tiles(record: HeadRecord, hidden: torch.Tensor, wants_gradient: bool, w
     trains = wants_gradient and any(e.trainable for e in chunk.entries)
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
     hidden_gradient = torch.zeros_like(flat) if wants_hidden else None
+    # The last step's gradients have landed, as this forward's weights are their updates'; their memory is wanted now.
+    engine.gradient_buffers.release(engine.scheduler)
     gradient = engine.new_sum(chunk) if trains else None
     if gradient is not None and flat.shape[0] > record.tile_tokens:
         gradient.widen()
