@@ -162,6 +162,7 @@ class Engine:
         self.visits = Visits(self)
 
         self.optimizer: weakref.ref[AdamW] | None = None
+        self._trains = any(chunk.trainable_numel for chunk in self.chunks)
         self.state = "idle"
         self.generation = 0  # of the weights: passes that updated them
         self._sums: dict[Chunk, GradientSum] = {}
@@ -393,12 +394,12 @@ class Engine:
         if self.state == "backward":
             return
         optimizer = self.optimizer() if self.optimizer is not None else None
-        if optimizer is None:
+        if optimizer is None and self._trains:
             raise UsageError(
                 "backward on an offloaded model updates its weights, but it has no optimizer; create "
                 "slidecore.AdamW(model.parameters(), ...) before calling backward"
             )
-        self._hyper = optimizer.hyper_parameters()
+        self._hyper = optimizer.hyper_parameters() if optimizer is not None else {}
         self.state = "backward"
         self._last_recomputed = None
         torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
@@ -462,8 +463,11 @@ class Engine:
     def _end_of_backward(self) -> None:
         for chunk in list(self._sums):
             self._submit(chunk)
-        self.state = "updated"
-        self.generation += 1
+        if self._trains:
+            self.state = "updated"
+            self.generation += 1
+        else:
+            self.state = "idle"  # gradients went through frozen chunks only: there is nothing to step
         sequence = list(self._sequence)
         self._reset_pass()
         resident = [(c.index, FORWARD, True, False) for c in self.chunks if c.kind == "resident"]

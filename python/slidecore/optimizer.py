@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -136,6 +137,15 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         self._offloaded().step()
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups' settings. The moments stay in their planes and are not in it, which a warning says."""
+        warnings.warn(
+            "the state of slidecore.AdamW holds the groups' settings only: moments and step counts are not saved, and "
+            "a run that is resumed from it starts them anew",
+            stacklevel=2,
+        )
+        return super().state_dict()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does nothing for offloaded parameters: their gradients are consumed by backward."""

@@ -135,6 +135,7 @@ class Record:
     output_sizes: list[list[int]] = field(default_factory=list)  # of each micro-batch, along dimension 0
     previous: weakref.ref[Record] | None = None  # the visit whose inputs backward needs next
     generation: int = 0  # of the weights that the forward read
+    modes: list[bool] = field(default_factory=list)  # `training` of each of the module's modules at forward
     consumed: bool = False
     held: int = 0  # bytes of kept graphs
 
@@ -161,6 +162,20 @@ class Record:
         self.engine.backend.drop(self.held)
         self.held = 0
         self.previous = None
+
+
+@contextlib.contextmanager
+def in_modes(module: nn.Module, modes: Sequence[bool]) -> Iterator[None]:
+    """Puts the modules of `module` in the given training modes, and back afterwards."""
+    modules = list(module.modules())
+    before = [m.training for m in modules]
+    for m, mode in zip(modules, modes, strict=True):
+        m.training = mode
+    try:
+        yield
+    finally:
+        for m, mode in zip(modules, before, strict=True):
+            m.training = mode
 
 
 @contextlib.contextmanager
@@ -324,6 +339,7 @@ class Visits:
         graph = VisitGraph(keep=record.keep_graph)
         if not record.keep_graph:
             record.random.append(RandomState.capture(engine.backend.torch_device))
+            record.modes = [m.training for m in use.module.modules()]
         leaves = self._leaves(use, slot, graph)
 
         def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -417,7 +433,11 @@ class Visits:
                 args, kwargs = record.call.put(own)
                 return Output.take(use.forward(*args, **kwargs))[1]
 
-        with record.random[index].restored(engine.backend.torch_device), unchanged_buffers(use.module):
+        with (
+            record.random[index].restored(engine.backend.torch_device),
+            in_modes(use.module, record.modes),
+            unchanged_buffers(use.module),
+        ):
             graph.refill(slot, inputs, module)
         engine.backend.hold(graph.nbytes)
 

@@ -335,3 +335,43 @@ def test_programs_end_without_close(how: str, code: int) -> None:
         assert done.stderr.endswith("ValueError: the script's own\n")
     else:
         assert not done.stderr
+
+
+@pytest.mark.parametrize("keep_graphs", [0, 4])
+def test_eval_between_forward_and_backward_changes_nothing(offload: Offload, keep_graphs: int) -> None:
+    """Backward belongs to the forward that was made: its dropout is repeated, whatever the mode is by then."""
+    plain = language_model("gpt2", dropout=0.3).train()
+    model = offload(clone(plain), keep_graphs=keep_graphs)
+    optimizer = slidecore.AdamW(model.parameters(), lr=1e-3)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    for step, batch in enumerate(token_batches(3)):
+        for m, o in ((model, optimizer), (plain, reference)):
+            m.train()
+            torch.manual_seed(step)
+            loss = loss_of(m, batch)
+            m.eval()
+            loss.backward()
+            o.step()
+            o.zero_grad()
+            assert not any(part.training for part in m.modules())
+    assert_same_weights(model, plain)
+
+
+def test_gradients_pass_through_a_frozen_model(offload: Offload) -> None:
+    plain = Stack().requires_grad_(False)
+    model = offload(clone(plain))
+    batch = feature_batches(1)[0]
+    for _ in range(2):
+        inputs = [next(v for v in batch.values() if v.is_floating_point()).clone().requires_grad_() for _ in range(2)]
+        for m, x in zip((model, plain), inputs, strict=True):
+            m(x).pow(2).mean().backward()
+        assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-6)
+    assert_same_weights(model, plain, tolerance=1e-30)
+
+
+def test_the_optimizers_state_says_what_it_lacks(offload: Offload) -> None:
+    model = offload(Stack().train())
+    optimizer = slidecore.AdamW(model.parameters(), lr=0.5)
+    with pytest.warns(UserWarning, match="moments and step counts are not saved"):
+        state = optimizer.state_dict()
+    assert state["param_groups"][0]["lr"] == 0.5
