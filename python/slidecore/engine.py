@@ -16,24 +16,19 @@ import torch
 from torch import nn
 
 from slidecore import _core
+from slidecore.activations import Activations
 from slidecore.backend import Backend
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
-from slidecore.graphs import VisitGraph
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Planes, lay_out
 from slidecore.planner import (
-    LARGEST_TILE,
-    SMALLEST_TILE,
-    ActivationPlan,
     check_device_budget,
     device_needs,
     head_costs,
-    plan_activations,
-    plan_head,
 )
 from slidecore.saved_inputs import SavedInputs
-from slidecore.visit import Call, Output, RandomState, Record, Use, Visits, leaves_of, swapped, unchanged_buffers
+from slidecore.visit import Record, Use, Visits, leaves_of, swapped
 
 if TYPE_CHECKING:
     from slidecore.head import HeadRecord
@@ -43,9 +38,6 @@ logger = logging.getLogger("slidecore")
 
 FORWARD, BACKWARD = _core.Scheduler.FORWARD, _core.Scheduler.BACKWARD
 GRADIENT_BUFFERS = 2
-# Tensors smaller than this are not worth a trip to host memory.
-SMALLEST_SAVED = 4096
-_CROSS_BATCH = (nn.modules.batchnorm._BatchNorm,)
 
 ScheduledVisit = tuple[int, int, bool, bool]
 engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -91,8 +83,6 @@ class Engine:
         self.backend = backend
         self.compute_dtype = compute_dtype
         self.train = train
-        self.micro_batch = micro_batch
-        self._keep_graphs_asked = keep_graphs
         self.chunks = partition(model, blocks)
         if not train:
             for chunk in self.chunks:
@@ -111,10 +101,18 @@ class Engine:
                 device_memory = int(available * 0.88)
         self.device_memory = device_memory
         fused = not backend.is_host and importlib.util.find_spec("triton") is not None
-        self._head = head_costs(self.chunks, compute_dtype, fused)
+        head = head_costs(self.chunks, compute_dtype, fused)
         if device_memory is not None:
-            self.needs = replace(self.needs, head_tile=self._head.tile_bytes(self._head.smallest))
-        self._head_logits = plan_head(self.needs, self._head, device_memory)
+            self.needs = replace(self.needs, head_tile=head.tile_bytes(head.smallest))
+        self.activations = Activations(
+            self,
+            budget=device_memory,
+            needs=self.needs,
+            head=head,
+            blocks=sum(c.kind == "block" for c in self.chunks),
+            micro_batch=micro_batch,
+            keep_graphs=keep_graphs,
+        )
         self.window = window
 
         self.pool = _core.ThreadPool(threads)
@@ -170,18 +168,12 @@ class Engine:
         self._sequence: list[ScheduledVisit] = []
         self._last_recomputed: weakref.ref[Record] | None = None
         self._live: weakref.WeakSet[Record | HeadRecord] = weakref.WeakSet()
-        self._plans: dict[Any, ActivationPlan] = {}
-        self._plan = ActivationPlan(1, 0, 0)
-        self._whole_batch: set[str] = set()
-        self._separable: dict[str, bool] = {}  # classes of blocks whose samples were seen not to depend on each other
-        self._block_position = 0
         self._hyper: dict[Entry, _core.AdamWHyper] = {}
         self._resident_depth = 0
         self.uses: list[Use] = []
         self._mode = ""
         self._schedules = {"train": self._first_schedule(), "infer": []}
         self._schedules["infer"] = [v for v in self._schedules["train"] if v[1] == FORWARD]
-        self._block_ordinal = {c.name: i for i, c in enumerate(c for c in self.chunks if c.kind == "block")}
         self.detach: list[Callable[[], object]] = []  # undoes what was hooked into the model
         self.closed = False
         engines.add(self)
@@ -344,12 +336,12 @@ class Engine:
         self._pending.clear()
         self._sequence.clear()
         self._last_recomputed = None
-        self._block_position = 0
+        self.activations.position = 0
 
     def begin_root_forward(self) -> None:
         """Called when the offloaded model itself is called."""
         self.scheduler.check()
-        self._block_position = 0
+        self.activations.position = 0
         if not torch.is_grad_enabled():
             self.set_mode("infer")
             return
@@ -374,8 +366,8 @@ class Engine:
             record.previous = self._last_recomputed
             self._last_recomputed = weakref.ref(record)
         if chunk.kind == "block":
-            self._block_position += 1
-        elif self._block_position:
+            self.activations.position += 1
+        elif self.activations.position:
             self.saved_inputs.end_of_forward()
 
     def begin_backward(self, record: Record | HeadRecord | None) -> None:
@@ -489,156 +481,6 @@ class Engine:
         if self.state == "backward":
             self._reset_pass()
         self.state = "idle"
-
-    # --- activations
-
-    def keeps_graph(self, use: Use) -> bool:
-        if use.chunk.kind != "block":
-            return True
-        return 0 <= self._from_last() < self._plan.kept_graphs
-
-    def _from_last(self) -> int:
-        """Blocks that follow; negative where blocks are called more often than there are blocks."""
-        return len(self._block_ordinal) - 1 - self._block_position
-
-    def stays_on_device(self, use: Use, tensor: torch.Tensor, requires_grad: bool) -> bool:
-        """Masks, positions and other inputs that all blocks share stay; what the last block produced may go."""
-        if not requires_grad or tensor.numel() * tensor.element_size() < SMALLEST_SAVED:
-            return True
-        return 0 <= self._from_last() < self._plan.saved_on_device
-
-    def head_tile(self, vocabulary: int) -> int:
-        """Tokens whose logits the head makes at once, as the budget allows."""
-        logits = min(self._head_logits, self._plan.head_logits)
-        return int(max(SMALLEST_TILE, min(LARGEST_TILE, logits // vocabulary)))
-
-    def refuse_micro_batches(self, use: Use) -> None:
-        """Blocks of this class have outputs that cannot be joined from micro-batches."""
-        kind = type(use.module).__name__
-        self._whole_batch.add(kind)
-        self._plans.clear()
-        warnings.warn(
-            f"{kind} returns a tensor that has no batch dimension, so its batch is not split into micro-batches",
-            stacklevel=2,
-        )
-
-    def plan_micro_batches(self, use: Use, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[int, list[bool]]:
-        """How many micro-batches a visit runs in, and which of its tensors are split along dimension 0."""
-        whole = 1, [False] * len(tensors)
-        if use.chunk.kind != "block":
-            return whole
-        main = next((t for t in tensors if t.is_floating_point() and t.dim() >= 2), None)
-        if main is None:
-            return whole
-        batch = main.shape[0]
-        key = (type(use.module), tuple((t.shape, t.dtype) for t in tensors), use.module.training)
-        split = self._splittable(use, tensors, main)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._plan_for(use, call, tensors, split, main)
-        self._plan = plan
-        return (plan.micro_batches, split) if plan.micro_batches > 1 and batch > 1 else whole
-
-    def _splittable(self, use: Use, tensors: Sequence[torch.Tensor], main: torch.Tensor) -> list[bool]:
-        batch = main.shape[0]
-        kind = type(use.module).__name__
-        if batch < 2 or kind in self._whole_batch or any(isinstance(m, _CROSS_BATCH) for m in use.module.modules()):
-            return [False] * len(tensors)
-        others = [t for t in tensors if t is not main and t.dim() > 0 and t.shape[0] == batch]
-        # A vector or matrix over positions looks like one over samples when both counts are equal.
-        if any(t.dim() <= 2 for t in others) and main.dim() > 2 and main.shape[1] == batch:
-            self._whole_batch.add(kind)
-            warnings.warn(
-                f"{kind}: batch and sequence are both {batch} long, so it is unclear which inputs to split; the batch "
-                f"runs whole",
-                stacklevel=2,
-            )
-            return [False] * len(tensors)
-        return [t is main or any(t is o for o in others) for t in tensors]
-
-    def _plan_for(
-        self, use: Use, call: Call, tensors: Sequence[torch.Tensor], split: list[bool], main: torch.Tensor
-    ) -> ActivationPlan:
-        splittable = any(split)
-        batch = main.shape[0] if splittable else 1
-        graph_bytes = 0
-        if self.device_memory is not None:
-            graph_bytes = self._probe(
-                use, call, [t[:1].clone() if s else t for t, s in zip(tensors, split, strict=True)]
-            )
-        inputs = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad) or (
-            main.numel() * main.element_size()
-        )
-        plan = plan_activations(
-            budget=self.device_memory,
-            needs=self.needs,
-            head=self._head,
-            blocks=len(self._block_ordinal),
-            batch=batch,
-            input_bytes=inputs,
-            graph_bytes_per_sample=graph_bytes,
-            micro_batch=min(self.micro_batch, batch) if self.micro_batch is not None else None,
-            keep_graphs=self._keep_graphs_asked,
-        )
-        kind = type(use.module).__name__
-        if plan.micro_batches > 1 and kind not in self._separable:
-            self._separable[kind] = self._independent(use, call, tensors, split)
-        if plan.micro_batches > 1 and not self._separable[kind]:
-            self._whole_batch.add(kind)
-            warnings.warn(
-                f"the samples of {kind} along dimension 0 depend on each other (batch_first=False?), so its batch is "
-                f"not split into micro-batches",
-                stacklevel=2,
-            )
-            return self._plan_for(use, call, tensors, [False] * len(tensors), main)
-        logger.info("%s with batch %d: %s", type(use.module).__name__, batch, plan)
-        return plan
-
-    def _independent(self, use: Use, call: Call, tensors: Sequence[torch.Tensor], split: list[bool]) -> bool:
-        """Whether neither of two samples' outputs depends on the other's inputs, by their exact gradients."""
-        state = RandomState.capture(self.backend.torch_device)
-        own = [
-            t[:2].detach().clone().requires_grad_(t.is_floating_point()) if s else t.detach()
-            for t, s in zip(tensors, split, strict=True)
-        ]
-        inputs = [t for t in own if t.requires_grad]
-        try:
-            with (
-                self.holding(use.chunk, backward=False) as slot,
-                swapped(use.chunk, leaves_of(use.chunk, slot, graph=False)),
-                unchanged_buffers(use.module),
-                torch.enable_grad(),
-            ):
-                args, kwargs = call.put([t.clone() if t.requires_grad else t for t in own])
-                outputs = Output.take(use.forward(*args, **kwargs))[1]
-                # Outputs that cannot be joined are found, and reported, by the first visit.
-                outputs = [o for o in outputs if o.requires_grad and o.dim() > 0 and o.shape[0] % 2 == 0]
-                for sample in range(2 if outputs else 0):
-                    parts = [o.chunk(2)[sample] for o in outputs]
-                    # Not autograd.grad, which checkpointing inside the block may refuse.
-                    torch.autograd.backward(parts, [torch.randn_like(p) for p in parts], retain_graph=True)
-                    for tensor in inputs:
-                        if tensor.grad is not None and bool(tensor.grad[1 - sample].any()):
-                            return False
-                        tensor.grad = None
-        finally:
-            state.set(self.backend.torch_device)
-        return True
-
-    def _probe(self, use: Use, call: Call, tensors: list[torch.Tensor]) -> int:
-        """Bytes that the graph of one block saves for one sample, found by running it once."""
-        state = RandomState.capture(self.backend.torch_device)
-        graph = VisitGraph(keep=True)
-        with self.holding(use.chunk, backward=False) as slot, unchanged_buffers(use.module):
-
-            def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-                with swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)):
-                    args, kwargs = call.put(own)
-                    return Output.take(use.forward(*args, **kwargs))[1]
-
-            graph.run(slot, tensors, [t.is_floating_point() for t in tensors], self.visits.anchor, module)
-        state.set(self.backend.torch_device)
-        return graph.nbytes
 
     # --- what others ask for
 

@@ -300,7 +300,7 @@ def linear_cross_entropy(
         use=use,
         labels=labels,
         tail=logits.tail,
-        tile_tokens=engine.head_tile(logits.shape[-1]),
+        tile_tokens=engine.activations.head_tile(logits.shape[-1]),
         ignore_index=ignore_index,
         divisor=divisor,
         label_smoothing=label_smoothing,

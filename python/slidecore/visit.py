@@ -288,9 +288,15 @@ class Visits:
         if not trains and not any(t.requires_grad for t in tensors):
             return self._inference(use, args, kwargs)
         engine.begin_forward()
-        count, split = engine.plan_micro_batches(use, call, tensors)
+        count, split = engine.activations.plan_micro_batches(use, call, tensors)
         record = Record(
-            engine, use, call, count, keep_graph=engine.keeps_graph(use), split=split, generation=engine.generation
+            engine,
+            use,
+            call,
+            count,
+            keep_graph=engine.activations.keeps_graph(use),
+            split=split,
+            generation=engine.generation,
         )
         outputs = VisitFunction.apply(record, self.anchor if trains else None, *tensors)
         engine.forward_visited(record)
@@ -310,7 +316,7 @@ class Visits:
         with engine.holding(use.chunk, backward=False) as slot:
             parts = [self._forward_part(record, slot, tensors, 0)]
             if record.micro_batches > 1 and not self._joinable(record, tensors, parts[0]):
-                engine.refuse_micro_batches(use)
+                engine.activations.refuse_micro_batches(use)
                 # Start over with the whole batch, from the same random state.
                 before.set(engine.backend.torch_device)
                 record.micro_batches, record.random, record.graphs, record.input_sizes = 1, [], [], []
@@ -325,7 +331,10 @@ class Visits:
                 )
             record.saved = [
                 engine.saved_inputs.save(
-                    t, use.chunk.index, on_device=engine.stays_on_device(use, t, needs_grad), shared=not needs_grad
+                    t,
+                    use.chunk.index,
+                    on_device=engine.activations.stays_on_device(use, t, needs_grad),
+                    shared=not needs_grad,
                 )
                 for t, needs_grad in zip(tensors, record.requires_grad, strict=True)
             ]

@@ -22,7 +22,7 @@ TILE = 128  # the smallest
 def record_head(model: nn.Module) -> list[int]:
     """Makes tiles as small as they get. The list gets the number of tokens of every run of the head's own forward."""
     engine = engine_of(model)
-    engine._head_logits = 0
+    engine.activations.head_logits = 0
     head = model.get_output_embeddings()
     use = next(use for use in engine.uses if use.module is head)
     inner = use.forward

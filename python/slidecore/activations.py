@@ -1,0 +1,209 @@
+"""How blocks run for each shape of input: micro-batches, which inputs leave the device, which blocks keep graphs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from slidecore.graphs import VisitGraph
+from slidecore.planner import (
+    LARGEST_TILE,
+    SMALLEST_TILE,
+    ActivationPlan,
+    DeviceNeeds,
+    HeadCosts,
+    plan_activations,
+    plan_head,
+)
+from slidecore.visit import Call, Output, RandomState, Use, leaves_of, swapped, unchanged_buffers
+
+if TYPE_CHECKING:
+    from slidecore.engine import Engine
+
+logger = logging.getLogger("slidecore")
+
+# Tensors smaller than this are not worth a trip to host memory.
+SMALLEST_SAVED = 4096
+_CROSS_BATCH = (nn.modules.batchnorm._BatchNorm,)
+
+
+class Activations:
+    """Plans for the shapes seen so far, each made at its first visit by running one sample."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        budget: int | None,
+        needs: DeviceNeeds,
+        head: HeadCosts,
+        blocks: int,
+        micro_batch: int | None,
+        keep_graphs: int | None,
+    ) -> None:
+        self._engine = engine
+        self._budget = budget
+        self._needs = needs
+        self._head = head
+        self._blocks = blocks
+        self._micro_batch = micro_batch
+        self._keep_graphs = keep_graphs
+        self.head_logits = plan_head(needs, head, budget)
+        self.position = 0  # blocks visited in this forward
+        self._plans: dict[Any, ActivationPlan] = {}
+        self._plan = ActivationPlan(1, 0, 0)
+        self._whole_batch: set[str] = set()
+        self._separable: dict[str, bool] = {}  # classes of blocks whose samples were seen not to depend on each other
+
+    def keeps_graph(self, use: Use) -> bool:
+        if use.chunk.kind != "block":
+            return True
+        return 0 <= self._from_last() < self._plan.kept_graphs
+
+    def _from_last(self) -> int:
+        """Blocks that follow; negative where blocks are called more often than there are blocks."""
+        return self._blocks - 1 - self.position
+
+    def stays_on_device(self, use: Use, tensor: torch.Tensor, requires_grad: bool) -> bool:
+        """Masks, positions and other inputs that all blocks share stay; what the last block produced may go."""
+        if not requires_grad or tensor.numel() * tensor.element_size() < SMALLEST_SAVED:
+            return True
+        return 0 <= self._from_last() < self._plan.saved_on_device
+
+    def head_tile(self, vocabulary: int) -> int:
+        """Tokens whose logits the head makes at once, as the budget allows."""
+        logits = min(self.head_logits, self._plan.head_logits)
+        return int(max(SMALLEST_TILE, min(LARGEST_TILE, logits // vocabulary)))
+
+    def refuse_micro_batches(self, use: Use) -> None:
+        """Blocks of this class have outputs that cannot be joined from micro-batches."""
+        kind = type(use.module).__name__
+        self._whole_batch.add(kind)
+        self._plans.clear()
+        warnings.warn(
+            f"{kind} returns a tensor that has no batch dimension, so its batch is not split into micro-batches",
+            stacklevel=2,
+        )
+
+    def plan_micro_batches(self, use: Use, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[int, list[bool]]:
+        """How many micro-batches a visit runs in, and which of its tensors are split along dimension 0."""
+        whole = 1, [False] * len(tensors)
+        if use.chunk.kind != "block":
+            return whole
+        main = next((t for t in tensors if t.is_floating_point() and t.dim() >= 2), None)
+        if main is None:
+            return whole
+        batch = main.shape[0]
+        key = (type(use.module), tuple((t.shape, t.dtype) for t in tensors), use.module.training)
+        split = self._splittable(use, tensors, main)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan_for(use, call, tensors, split, main)
+        self._plan = plan
+        return (plan.micro_batches, split) if plan.micro_batches > 1 and batch > 1 else whole
+
+    def _splittable(self, use: Use, tensors: Sequence[torch.Tensor], main: torch.Tensor) -> list[bool]:
+        batch = main.shape[0]
+        kind = type(use.module).__name__
+        if batch < 2 or kind in self._whole_batch or any(isinstance(m, _CROSS_BATCH) for m in use.module.modules()):
+            return [False] * len(tensors)
+        others = [t for t in tensors if t is not main and t.dim() > 0 and t.shape[0] == batch]
+        # A vector or matrix over positions looks like one over samples when both counts are equal.
+        if any(t.dim() <= 2 for t in others) and main.dim() > 2 and main.shape[1] == batch:
+            self._whole_batch.add(kind)
+            warnings.warn(
+                f"{kind}: batch and sequence are both {batch} long, so it is unclear which inputs to split; the batch "
+                f"runs whole",
+                stacklevel=2,
+            )
+            return [False] * len(tensors)
+        return [t is main or any(t is o for o in others) for t in tensors]
+
+    def _plan_for(
+        self, use: Use, call: Call, tensors: Sequence[torch.Tensor], split: list[bool], main: torch.Tensor
+    ) -> ActivationPlan:
+        splittable = any(split)
+        batch = main.shape[0] if splittable else 1
+        graph_bytes = 0
+        if self._budget is not None:
+            graph_bytes = self._probe(
+                use, call, [t[:1].clone() if s else t for t, s in zip(tensors, split, strict=True)]
+            )
+        inputs = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad) or (
+            main.numel() * main.element_size()
+        )
+        plan = plan_activations(
+            budget=self._budget,
+            needs=self._needs,
+            head=self._head,
+            blocks=self._blocks,
+            batch=batch,
+            input_bytes=inputs,
+            graph_bytes_per_sample=graph_bytes,
+            micro_batch=min(self._micro_batch, batch) if self._micro_batch is not None else None,
+            keep_graphs=self._keep_graphs,
+        )
+        kind = type(use.module).__name__
+        if plan.micro_batches > 1 and kind not in self._separable:
+            self._separable[kind] = self._independent(use, call, tensors, split)
+        if plan.micro_batches > 1 and not self._separable[kind]:
+            self._whole_batch.add(kind)
+            warnings.warn(
+                f"the samples of {kind} along dimension 0 depend on each other (batch_first=False?), so its batch is "
+                f"not split into micro-batches",
+                stacklevel=2,
+            )
+            return self._plan_for(use, call, tensors, [False] * len(tensors), main)
+        logger.info("%s with batch %d: %s", type(use.module).__name__, batch, plan)
+        return plan
+
+    def _independent(self, use: Use, call: Call, tensors: Sequence[torch.Tensor], split: list[bool]) -> bool:
+        """Whether neither of two samples' outputs depends on the other's inputs, by their exact gradients."""
+        state = RandomState.capture(self._engine.backend.torch_device)
+        own = [
+            t[:2].detach().clone().requires_grad_(t.is_floating_point()) if s else t.detach()
+            for t, s in zip(tensors, split, strict=True)
+        ]
+        inputs = [t for t in own if t.requires_grad]
+        try:
+            with (
+                self._engine.holding(use.chunk, backward=False) as slot,
+                swapped(use.chunk, leaves_of(use.chunk, slot, graph=False)),
+                unchanged_buffers(use.module),
+                torch.enable_grad(),
+            ):
+                args, kwargs = call.put([t.clone() if t.requires_grad else t for t in own])
+                outputs = Output.take(use.forward(*args, **kwargs))[1]
+                # Outputs that cannot be joined are found, and reported, by the first visit.
+                outputs = [o for o in outputs if o.requires_grad and o.dim() > 0 and o.shape[0] % 2 == 0]
+                for sample in range(2 if outputs else 0):
+                    parts = [o.chunk(2)[sample] for o in outputs]
+                    # Not autograd.grad, which checkpointing inside the block may refuse.
+                    torch.autograd.backward(parts, [torch.randn_like(p) for p in parts], retain_graph=True)
+                    for tensor in inputs:
+                        if tensor.grad is not None and bool(tensor.grad[1 - sample].any()):
+                            return False
+                        tensor.grad = None
+        finally:
+            state.set(self._engine.backend.torch_device)
+        return True
+
+    def _probe(self, use: Use, call: Call, tensors: list[torch.Tensor]) -> int:
+        """Bytes that the graph of one block saves for one sample, found by running it once."""
+        state = RandomState.capture(self._engine.backend.torch_device)
+        graph = VisitGraph(keep=True)
+        with self._engine.holding(use.chunk, backward=False) as slot, unchanged_buffers(use.module):
+
+            def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+                with swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)):
+                    args, kwargs = call.put(own)
+                    return Output.take(use.forward(*args, **kwargs))[1]
+
+            graph.run(slot, tensors, [t.is_floating_point() for t in tensors], self._engine.visits.anchor, module)
+        state.set(self._engine.backend.torch_device)
+        return graph.nbytes
