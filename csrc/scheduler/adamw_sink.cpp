@@ -9,6 +9,7 @@
 #include "optimizer/adamw_block.h"
 #include "optimizer/float_environment.h"
 #include "optimizer/instruction_set.h"
+#include "optimizer/moments8.h"
 #include "slidecore/status.h"
 
 namespace slidecore {
@@ -42,7 +43,7 @@ bool same_update(const kernels::Scalars& a, const kernels::Scalars& b) {
          a.bias_correction2_sqrt == b.bias_correction2_sqrt && a.eps == b.eps && a.minus_step_size == b.minus_step_size;
 }
 
-Table checked(std::uint32_t chunk, std::size_t n, const std::vector<AdamWSink::Segment>& segments) {
+Table checked(std::uint32_t chunk, std::size_t n, std::size_t whole, const std::vector<AdamWSink::Segment>& segments) {
   Table table;
   std::size_t previous_end = 0;
   for (std::size_t i = 0; i < segments.size(); ++i) {
@@ -57,6 +58,10 @@ Table checked(std::uint32_t chunk, std::size_t n, const std::vector<AdamWSink::S
     if (offset < previous_end) {
       throw Error(Code::invalid_argument, where() + " starts before the end of the one before it, " +
                                               std::to_string(previous_end) + ": give them ascending, without overlap");
+    }
+    if (offset % whole != 0) {
+      throw Error(Code::invalid_argument,
+                  where() + " does not start at a group of 8-bit moments, a multiple of " + std::to_string(whole));
     }
     previous_end = offset + length;
     kernels::Scalars scalars{};
@@ -109,7 +114,7 @@ std::uint32_t AdamWSink::add_chunk(const AdamWPlanes& planes, std::size_t n, Gra
 
 void AdamWSink::prepare(std::uint32_t index, const std::vector<Segment>& segments) {
   Chunk& chunk = impl_->chunk(index);
-  Table table = checked(index, chunk.n, segments);
+  Table table = checked(index, chunk.n, indivisible(chunk.planes), segments);
   const std::lock_guard lock(impl_->mutex);
   chunk.prepared.push_back(std::move(table));
 }
@@ -144,6 +149,12 @@ void AdamWSink::consume(std::uint32_t index, std::size_t offset_bytes, const voi
     throw Error(Code::invalid_argument, label(index) + ": a piece of " + std::to_string(bytes) + " bytes at byte " +
                                             std::to_string(offset_bytes) + " does not lie in the gradient's " +
                                             std::to_string(chunk.n * size) + " bytes, or cuts an element");
+  }
+  const std::size_t whole = indivisible(chunk.planes);
+  if (first % whole != 0 || ((first + count) % whole != 0 && first + count != chunk.n)) {
+    throw Error(Code::invalid_argument, label(index) + ": a piece of the elements " + std::to_string(first) + " to " +
+                                            std::to_string(first + count) + " cuts a group of 8-bit moments, of " +
+                                            std::to_string(whole) + "; give pieces of a multiple of 4096 bytes");
   }
   check_gradient(piece, chunk.type, count);
   const kernels::Table& table = kernel_table();
