@@ -21,7 +21,7 @@ from slidecore.backend import Backend
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
 from slidecore.partition import Chunk, Entry, partition
-from slidecore.planes import Planes, lay_out
+from slidecore.planes import Moments, Planes, lay_out
 from slidecore.planner import (
     check_device_budget,
     device_needs,
@@ -76,6 +76,7 @@ class Engine:
         backend: Backend,
         *,
         compute_dtype: torch.dtype,
+        moments: Moments,
         device_memory: int | None,
         window: int,
         micro_batch: int | None,
@@ -122,7 +123,7 @@ class Engine:
         self.window = window
 
         self.pool = _core.ThreadPool(threads)
-        self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train)
+        self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train, moments)
         self.entries: dict[int, tuple[Chunk, Entry]] = {}
         self._stray_hooks: list[Any] = []
         self._fill_planes()
@@ -221,8 +222,7 @@ class Engine:
             sink.add_chunk(
                 n=chunk.trainable_numel,
                 gradient_float32=not split,
-                exp_avg=planes.exp_avg.address(chunk),
-                exp_avg_sq=planes.exp_avg_sq.address(chunk),
+                **{name: plane.address(chunk) for name, plane in planes.moments.items()},
                 weight=weight if split else 0,
                 residual=planes.residual.address(chunk) if split else 0,
                 weight32=0 if split else weight,
@@ -538,8 +538,7 @@ class Engine:
             if entry.step > 0:
                 self.scheduler.synchronize()
                 entry.step = 0
-                for plane in (self.planes.exp_avg, self.planes.exp_avg_sq):
-                    plane.view(chunk, entry).zero_()
+                self.planes.clear_moments(chunk, entry)
 
     def drain(self) -> None:
         """Waits until planes and lanes are at rest; errors of lanes are raised."""
