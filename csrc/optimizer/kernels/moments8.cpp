@@ -18,19 +18,18 @@ namespace {
 // Updates the weights of a group of n elements, writes its new scales and leaves its new moments in `fresh`.
 // Not inlined, nor are the two below: the compiler would lose sight of what does not overlap, and the vector code.
 template <bool Split, typename Gradient>
-[[gnu::noinline]] void update(const Scalars& scalars, const Gradient* __restrict gradient,
-                              std::uint16_t* __restrict weight, std::int16_t* __restrict residual,
-                              float* __restrict weight32, const std::int8_t* __restrict exp_avg,
-                              const std::uint8_t* __restrict exp_avg_sq, float* __restrict exp_avg_scale,
-                              float* __restrict exp_avg_sq_scale, Fresh& fresh, std::size_t n) {
-  const Scalars s = scalars;
+[[gnu::noinline]] void update(const Scalars s, const Gradient* __restrict gradient, std::uint16_t* __restrict weight,
+                              std::int16_t* __restrict residual, float* __restrict weight32,
+                              const std::int8_t* __restrict exp_avg, const std::uint8_t* __restrict exp_avg_sq,
+                              float* __restrict exp_avg_scale, float* __restrict exp_avg_sq_scale,
+                              float* __restrict fresh_moment, float* __restrict fresh_root, std::size_t n) {
   const float scale = *exp_avg_scale;
   const float step = *exp_avg_sq_scale * (1.f / 255.f);
-  float* __restrict fresh_moment = fresh.moment;
-  float* __restrict fresh_root = fresh.root;
+  // A mask, because a loop of this length is not split in two, and a branch would keep it from being vector code.
+  const std::uint32_t from_gradient = s.lerp_from_gradient ? ~0u : 0u;
   // As integers, magnitudes order like the numbers, and every NaN lies above infinity.
-  std::int32_t largest_moment = 0;
-  std::int32_t largest_root = 0;
+  std::uint32_t largest_moment = 0;
+  std::uint32_t largest_root = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const float g = load(gradient[i]) * s.gradient_factor;
     float p;
@@ -43,7 +42,8 @@ template <bool Split, typename Gradient>
     const float y = static_cast<float>(exp_avg[i]) * (1.f / 127.f);
     const float m_old = y / (2.f - __builtin_fabsf(y)) * scale;
     const float root_old = static_cast<float>(exp_avg_sq[i]) * step;
-    const float m = (s.lerp_from_gradient ? g : m_old) + s.lerp_factor * (g - m_old);
+    const float m =
+        from_bits((to_bits(g) & from_gradient) | (to_bits(m_old) & ~from_gradient)) + s.lerp_factor * (g - m_old);
     const float v = root_old * root_old * s.beta2 + s.one_minus_beta2 * g * g;
     const float root = __builtin_sqrtf(v);
     const float denominator = root / s.bias_correction2_sqrt + s.eps;
@@ -57,13 +57,13 @@ template <bool Split, typename Gradient>
     }
     fresh_moment[i] = m;
     fresh_root[i] = root;
-    const auto moment_bits = static_cast<std::int32_t>(to_bits(m) & 0x7fffffffu);
-    const auto root_bits = static_cast<std::int32_t>(to_bits(root) & 0x7fffffffu);
-    largest_moment = largest_moment > moment_bits ? largest_moment : moment_bits;
-    largest_root = largest_root > root_bits ? largest_root : root_bits;
+    const std::uint32_t moment_bits = to_bits(m) & 0x7fffffffu;
+    const std::uint32_t root_bits = to_bits(root) & 0x7fffffffu;
+    largest_moment = largest_moment < moment_bits ? moment_bits : largest_moment;
+    largest_root = largest_root < root_bits ? root_bits : largest_root;
   }
-  *exp_avg_scale = scale_of(static_cast<std::uint32_t>(largest_moment));
-  *exp_avg_sq_scale = scale_of(static_cast<std::uint32_t>(largest_root));
+  *exp_avg_scale = scale_of(largest_moment);
+  *exp_avg_sq_scale = scale_of(largest_root);
 }
 
 [[gnu::noinline]] void quantise_moment(const float* __restrict moment, float scale, std::int8_t* __restrict code,
@@ -101,7 +101,7 @@ template <bool Split, typename Gradient>
 inline void update_some(const Scalars& scalars, const Gradient* gradient, const Planes8& planes, Fresh& fresh,
                         std::size_t n) {
   update<Split>(scalars, gradient, planes.weight, planes.residual, planes.weight32, planes.exp_avg, planes.exp_avg_sq,
-                planes.exp_avg_scale, planes.exp_avg_sq_scale, fresh, n);
+                planes.exp_avg_scale, planes.exp_avg_sq_scale, fresh.moment, fresh.root, n);
 }
 
 inline void quantise_some(const Fresh& fresh, const Planes8& planes, std::size_t n) {
