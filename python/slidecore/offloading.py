@@ -72,8 +72,8 @@ def offload(
         kernels: "liger" runs the layers of models that Liger-Kernel knows with its kernels, "torch" as they are; "auto"
             takes Liger-Kernel on a card where it is installed.
         threads: of the CPU update; 0 for all usable CPUs less one.
-        piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in. "auto" holds an eighth
-            of the gradients: that much of the update goes on during the next forward.
+        piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in. "auto" makes room
+            for an eighth of the gradients: that much of the update goes on during the next forward.
 
     Raises:
         ModelError: no blocks were found, the model is offloaded already, or a block shares a parameter.
