@@ -37,6 +37,13 @@ class UsageError(SlidecoreError, RuntimeError):
     """A call that this mode cannot honour; the message says what to write instead."""
 
 
+class CheckpointError(SlidecoreError, RuntimeError):
+    """A checkpoint could not be written, or is refused: damaged, incomplete, or of another model.
+
+    The message names the file and the reason. Unless it says so, nothing was changed: neither model nor checkpoints.
+    """
+
+
 class InputError(SlidecoreError, ValueError):
     """A file, a directory or an option given to a command cannot be used; nothing was changed."""
 

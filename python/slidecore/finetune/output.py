@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slidecore.errors import InputError
+from slidecore.integrations.huggingface import without_bars
 
 METRICS, LOSS_PLOT, TIMELINE_PLOT, TRACE = "metrics.jsonl", "loss.png", "timeline.png", "trace.json"
 # Shards of this size bound what writing one needs beside the planes.
@@ -118,20 +119,6 @@ def disk_is_full(error: BaseException) -> bool:
             return True
         chain = chain.__cause__ or chain.__context__
     return False
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would fight with the run's."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _sync(path: Path) -> None:
