@@ -1,7 +1,7 @@
 """The host planes of a model: one flat array a kind, chunks one behind the other.
 
-A chunk's planes begin at a multiple of `CHUNK_ALIGNMENT` elements (whole pages in every dtype, as direct I/O wants
-them), an entry at a multiple of `ENTRY_ALIGNMENT` (a group of 8-bit moments, and more than a device's vector width).
+A chunk begins at a whole page of each plane (as direct I/O wants it), an entry at a multiple of `ENTRY_ALIGNMENT`
+elements (a group of 8-bit moments, and more than a device's vector width).
 Trainable entries come first, so that gradient, residual and moments cover a prefix of the weights.
 """
 
@@ -16,7 +16,7 @@ from slidecore.errors import ModelError
 from slidecore.partition import Chunk, Entry
 
 ENTRY_ALIGNMENT = 128
-CHUNK_ALIGNMENT = 2048
+PAGE_BYTES = 4096
 
 
 def _round_up(n: int, to: int) -> int:
@@ -37,29 +37,47 @@ def lay_out(chunks: Sequence[Chunk]) -> None:
         chunk.numel = offset
 
 
+def _kinds(compute_dtype: torch.dtype, train: bool) -> dict[str, torch.dtype]:
+    """The planes of a model and their dtypes; all but `weight` cover the trainable entries only."""
+    kinds = {"weight": compute_dtype}
+    if train:
+        if compute_dtype != torch.float32:
+            kinds["residual"] = torch.int16
+        kinds |= {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+    return kinds
+
+
+def _numels(chunks: Sequence[Chunk], kind: str) -> list[int]:
+    return [c.numel if kind == "weight" else c.trainable_numel for c in chunks]
+
+
 def state_bytes(chunks: Sequence[Chunk], compute_dtype: torch.dtype, train: bool = True) -> int:
     """Host bytes of all planes of laid-out `chunks`."""
-    itemsize = compute_dtype.itemsize
-    trained = (0 if compute_dtype == torch.float32 else 2) + 8 if train else 0
     return sum(
-        _round_up(c.numel, CHUNK_ALIGNMENT) * itemsize + _round_up(c.trainable_numel, CHUNK_ALIGNMENT) * trained
-        for c in chunks
+        _round_up(numel * dtype.itemsize, PAGE_BYTES)
+        for kind, dtype in _kinds(compute_dtype, train).items()
+        for numel in _numels(chunks, kind)
     )
 
 
 class _Plane:
-    """One flat plane; `start[i]` is the first element of chunk i."""
+    """One flat plane; `start[i]` is the first element of chunk i, `numels[i]` how many it has."""
 
     def __init__(self, device: _core.Device, numels: Sequence[int], dtype: torch.dtype, pinned: bool) -> None:
         self.start: list[int] = []
+        self.numels = list(numels)
+        self.itemsize = dtype.itemsize
         total = 0
         for numel in numels:
             self.start.append(total)
-            total += _round_up(numel, CHUNK_ALIGNMENT)
-        self.buffer = _core.HostBuffer(device, total * dtype.itemsize, pinned)
-        self.itemsize = dtype.itemsize
+            total += _round_up(numel * self.itemsize, PAGE_BYTES) // self.itemsize
+        self.buffer = _core.HostBuffer(device, total * self.itemsize, pinned)
         # The tensor keeps the buffer alive: views of it (p.data) may outlive the planes object.
         self.flat = torch.frombuffer(self.buffer, dtype=dtype) if total else torch.empty(0, dtype=dtype)
+
+    def of(self, chunk: Chunk) -> torch.Tensor:
+        begin = self.start[chunk.index]
+        return self.flat[begin : begin + self.numels[chunk.index]]
 
     def address(self, chunk: Chunk) -> int:
         return self.buffer.address + self.start[chunk.index] * self.itemsize
@@ -82,13 +100,28 @@ class Planes:
     ) -> None:
         self.compute_dtype = compute_dtype
         self._pool = pool
-        self.weight = _Plane(device, [c.numel for c in chunks], compute_dtype, pinned=True)
-        trainable = [c.trainable_numel for c in chunks] if train else []
-        split = compute_dtype != torch.float32
-        self.residual = _Plane(device, trainable if split else [], torch.int16, pinned=False)
-        self.exp_avg = _Plane(device, trainable, torch.float32, pinned=False)
-        self.exp_avg_sq = _Plane(device, trainable, torch.float32, pinned=False)
-        self.nbytes = sum(len(p.buffer) for p in (self.weight, self.residual, self.exp_avg, self.exp_avg_sq))
+        kinds = _kinds(compute_dtype, train)
+
+        def plane(kind: str) -> _Plane:
+            numels = _numels(chunks, kind) if kind in kinds else []
+            return _Plane(device, numels, kinds.get(kind, torch.float32), pinned=kind == "weight")
+
+        self.weight = plane("weight")
+        self.residual = plane("residual")
+        self.exp_avg = plane("exp_avg")
+        self.exp_avg_sq = plane("exp_avg_sq")
+        self._all: dict[str, _Plane] = {kind: getattr(self, kind) for kind in kinds}
+        self.nbytes = sum(len(p.buffer) for p in self._all.values())
+
+    def of(self, chunk: Chunk) -> dict[str, torch.Tensor]:
+        """The chunk's part of every plane that it has, by the plane's name, in a fixed order.
+
+        Each is a flat view that begins at a whole page: of `chunk.numel` elements for `weight`, of
+        `chunk.trainable_numel` for the others. Padding between entries is in it, and is zero. Planes of which
+        the chunk has nothing (those of the update, if all of it is frozen or the model does not train) are left out.
+        Pending updates write to these views: `drain()` the engine first.
+        """
+        return {name: plane.of(chunk) for name, plane in self._all.items() if plane.numels[chunk.index]}
 
     def write(self, chunk: Chunk, entry: Entry, value: torch.Tensor) -> None:
         """Sets the master value of `entry` from `value` (any float dtype; float32 exactly), which it must match.

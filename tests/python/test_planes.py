@@ -11,6 +11,7 @@ import pytest
 import slidecore
 import torch
 from _models import Stack, clone, distance, feature_batches, language_model, loss_of, train_offloaded, weights, worst
+from slidecore.offloading import engine_of
 from torch import nn
 
 Offload = Callable[..., nn.Module]
@@ -92,6 +93,45 @@ def test_frozen_parameters_are_rounded_once(offload: Offload) -> None:
     assert torch.equal(slidecore.master_parameter(model, "blocks.1.up.weight"), value.bfloat16().float())
     train_offloaded(model, [{k: v.bfloat16() for k, v in b.items()} for b in feature_batches(2)])
     assert torch.equal(slidecore.master_parameter(model, "blocks.1.up.weight"), value.bfloat16().float())
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train", [True, False])
+def test_planes_of_a_chunk(offload: Offload, compute_dtype: torch.dtype, train: bool) -> None:
+    """What lists a chunk's state lists all of it: the views hold every entry, and the padding around them is zero."""
+    plain = Stack()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    plain.blocks[1].requires_grad_(False)
+    plain.blocks[2].up.weight.requires_grad_(False)
+    model = offload(plain, compute_dtype=compute_dtype, train=train)
+    if train:
+        train_offloaded(model, inputs(compute_dtype, 2))
+    engine = engine_of(model)
+    engine.drain()
+    update = {torch.float32: {}, torch.bfloat16: {"residual": torch.int16}}[compute_dtype]
+    update |= {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+    seen = 0
+    for chunk in engine.chunks:
+        trainable = train and any(e.parameter.requires_grad for e in chunk.entries)
+        planes = engine.planes.of(chunk)
+        assert {name: plane.dtype for name, plane in planes.items()} == {
+            "weight": compute_dtype, **(update if trainable else {}),
+        }  # fmt: skip
+        for name, plane in planes.items():
+            assert plane.shape == (chunk.numel if name == "weight" else chunk.trainable_numel,)
+            assert plane.data_ptr() % 4096 == 0
+            seen += plane.nbytes
+            rest = torch.ones(len(plane), dtype=torch.bool)
+            for entry in chunk.entries:
+                if name == "weight" or (train and entry.parameter.requires_grad):
+                    part = plane[entry.offset : entry.offset + entry.numel]
+                    assert part.count_nonzero() > 0
+                    if name == "weight":
+                        assert part.data_ptr() == entry.parameter.data_ptr()
+                    rest[entry.offset : entry.offset + entry.numel] = False
+            assert plane[rest].count_nonzero() == 0
+    assert seen <= slidecore.stats(model).planes_bytes
 
 
 def test_a_copy_is_returned(offload: Offload) -> None:
