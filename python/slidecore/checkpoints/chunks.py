@@ -15,15 +15,8 @@ if TYPE_CHECKING:
 
 
 def planes_of(engine: Engine, chunk: Chunk) -> dict[str, torch.Tensor]:
-    """A chunk's planes as flat tensors over host memory, by name; those without elements are left out."""
-    planes = engine.planes
-    found: dict[str, torch.Tensor] = {}
-    for name in ("weight", "residual", "exp_avg", "exp_avg_sq"):
-        plane = getattr(planes, name)
-        numel = chunk.numel if name == "weight" else chunk.trainable_numel
-        if numel and plane.start:
-            found[name] = plane.flat[plane.start[chunk.index] : plane.start[chunk.index] + numel]
-    return found
+    """The planes of a chunk that outlast a step, as flat tensors over host memory, by name."""
+    return {name: plane for name, plane in engine.planes.of(chunk).items() if name != "grad"}
 
 
 def describe_planes(engine: Engine, chunk: Chunk) -> dict[str, dict[str, Any]]:

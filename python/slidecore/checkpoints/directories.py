@@ -39,15 +39,18 @@ def staging(target: Path) -> Iterator[Path]:
         os.mkdir(directory)
     except OSError as error:
         raise failure("create a directory in", parent, error) from error
-    lock = None
+    lock = -1
     try:
-        with contextlib.suppress(OSError):  # a file system without locks of directories
+        try:
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise failure("open", directory, error) from error
+        with contextlib.suppress(OSError):  # a file system without locks of directories
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-        if lock is not None:
+        if lock >= 0:
             with contextlib.suppress(OSError):
                 os.close(lock)
 
