@@ -6,6 +6,7 @@ from slidecore.loading import load_pretrained
 from slidecore.offloading import (
     Stats,
     assign_parameter,
+    clip_grad_norm_,
     close,
     master_parameter,
     offload,
@@ -26,6 +27,7 @@ __all__ = [
     "Stats",
     "UsageError",
     "assign_parameter",
+    "clip_grad_norm_",
     "close",
     "latest_checkpoint",
     "load_checkpoint",

@@ -191,11 +191,13 @@ def _hook(model: nn.Module, engine: Engine) -> None:
         ]
     parts = list(model.modules())
     model.__dict__["_apply"] = apply
+    model.__dict__["no_sync"] = engine.no_sync
     for part in parts:
         part.__dict__["__reduce_ex__"] = engine.refuse_copy
 
     def restore() -> None:
         model.__dict__.pop("_apply", None)
+        model.__dict__.pop("no_sync", None)
         for part in parts:
             part.__dict__.pop("__reduce_ex__", None)
 
@@ -223,6 +225,33 @@ def synchronize(model: nn.Module) -> None:
         Error: a lane has failed.
     """
     engine_of(model).drain()
+
+
+def clip_grad_norm_(
+    model: nn.Module, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> torch.Tensor:
+    """Clips the norm of all of the model's gradients together, between backward and `optimizer.step()`.
+
+    Needs deferred updates (`slidecore.AdamW(..., update="deferred")`). No gradient is touched: with `norm_type=2` the
+    norms are known, and the factor is applied by the update, in float32.
+
+    Args:
+        model: an offloaded model.
+        max_norm, norm_type, error_if_nonfinite: as of `torch.nn.utils.clip_grad_norm_`.
+
+    Returns:
+        The norm before clipping, a float32 scalar on the CPU.
+
+    Raises:
+        UsageError: `model` is not offloaded, or its gradients were consumed by overlapping updates.
+        RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
+    """
+    engine = engine_of(model)
+    if engine.state == "backward":
+        raise UsageError("clip_grad_norm_ is called after backward(), not inside it")
+    return nn.utils.clip_grad_norm_(
+        [p for p in model.parameters() if p.grad is not None], max_norm, norm_type, error_if_nonfinite
+    )
 
 
 def assign_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -310,4 +339,14 @@ def _close_all() -> None:
         engine.close()
 
 
-__all__ = ["Stats", "assign_parameter", "close", "engine_of", "master_parameter", "offload", "stats", "synchronize"]
+__all__ = [
+    "Stats",
+    "assign_parameter",
+    "clip_grad_norm_",
+    "close",
+    "engine_of",
+    "master_parameter",
+    "offload",
+    "stats",
+    "synchronize",
+]
