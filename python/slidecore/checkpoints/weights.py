@@ -53,7 +53,9 @@ class Unit:
             yield {self.specs[0].name: source.detach().cpu().contiguous()}
             return
         with converting:
-            yield self.convert(self.sources)
+            converted = self.convert(self.sources)
+            yield converted
+            converted.clear()  # here, not when the next ones have been made
 
 
 @dataclass(eq=False)
@@ -71,12 +73,13 @@ class Shard:
             for unit in self.units:
                 with unit.opened(converting) as tensors:
                     for spec in unit.specs:
-                        tensor = tensors[spec.name]
+                        tensor = tensors.pop(spec.name)
                         if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
                             raise CheckpointError(f"{spec.name} was converted to another form than was planned")
                         file.write(bytes_of(tensor.contiguous()))
-                    if unit.convert is not None:
-                        file.flush()
+                        if unit.convert is not None:
+                            file.flush()
+                        del tensor
             return file.finish()
 
 
