@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,17 +28,23 @@ class Run:
         *,
         groups: Callable[[nn.Module], Any] | None = None,
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+        optimizer: dict[str, Any] | None = None,
+        accumulate: int = 1,
         **options: Any,
     ) -> None:
         self.model = offload(model.train(), **options)
         parameters = groups(model) if groups else list(model.parameters())
-        self.optimizer = slidecore.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+        self.optimizer = slidecore.AdamW(parameters, lr=1e-2, weight_decay=0.1, **(optimizer or {}))
         self.scheduler = schedule(self.optimizer) if schedule else None
+        self.accumulate = accumulate  # backward passes to a step, each over the same batch
         self.dtype = engine_of(model).compute_dtype
 
     def train(self, batches: Iterable[Batch]) -> list[float]:
         losses = []
         for batch in batches:
+            with self.model.no_sync() if self.accumulate > 1 else contextlib.nullcontext():  # type: ignore[operator]
+                for _ in range(self.accumulate - 1):
+                    self.loss(batch).backward()
             loss = self.loss(batch)
             loss.backward()
             losses.append(loss.item())

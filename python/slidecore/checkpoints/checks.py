@@ -27,13 +27,15 @@ def check_at_rest(engine: Engine) -> None:
 
     A forward whose graph nobody holds any more is no step.
     """
-    if engine.state == "idle" or (engine.state == "forward" and not engine._live):
+    state = "waiting" if engine.deferred.waiting() else engine.state
+    if state == "idle" or (state == "forward" and not engine._live):
         return
     why = {
+        "waiting": "gradients wait for optimizer.step(); call it first (or optimizer.zero_grad(), to drop them)",
         "forward": "a forward with a graph waits for its backward; call backward() and optimizer.step() first, or drop "
         "its result (evaluate under torch.no_grad())",
         "backward": "a backward pass has not finished, so some chunks are updated and others are not; load an earlier "
         "checkpoint, or complete a step first",
         "updated": "backward() has run and optimizer.step() has not; call it first",
-    }.get(engine.state, "a step is under way; call optimizer.step() first")
+    }.get(state, "a step is under way; call optimizer.step() first")
     raise UsageError(f"a checkpoint holds a model between steps: {why}")

@@ -101,7 +101,7 @@ def load_checkpoint(
 
 
 def read_state(manifest: Manifest) -> dict[str, Any]:
-    """The training state besides the planes: a dict with `extra`, `groups`, `scheduler`, `random`, `modules`."""
+    """The training state besides the planes: a dict with `extra`, `groups`, `scheduler` and more."""
     return training_state.decode(manifest.read(STATE), str(manifest.directory / STATE))
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slidecore.engine import Engine
     from slidecore.optimizer import AdamW
 
+_PARTS = {"groups", "updates", "scheduler", "random", "modules", "extra"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -58,6 +59,7 @@ def collect(model: nn.Module, engine: Engine, optimizer: AdamW, scheduler: Any, 
             {**{name: value for name, value in group.items() if name != "params"}, "params": names}
             for group, names in zip(optimizer.param_groups, _group_names(engine, optimizer), strict=True)
         ],
+        "updates": {"skipped_steps": optimizer.skipped_steps, "adds_up": engine.deferred.adds_up},
         "scheduler": None
         if scheduler is None
         else {"class": type(scheduler).__name__, "state": dict(scheduler.state_dict())},
@@ -87,7 +89,7 @@ def decode(data: bytes | bytearray, where: str) -> dict[str, Any]:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle raises what it likes
         raise CheckpointError(f"cannot read {where}: {error}") from error
-    if not isinstance(state, dict) or not {"groups", "scheduler", "random", "modules", "extra"} <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= _PARTS:
         raise CheckpointError(f"{where} does not hold the state of a training run")
     return state
 
@@ -126,6 +128,9 @@ def apply(
     """Puts a state that fits in its place."""
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
         group.update({name: value for name, value in saved.items() if name != "params"})
+    optimizer.skipped_steps = state["updates"]["skipped_steps"]
+    if state["updates"]["adds_up"]:  # norms of sums are taken in another order than those of single gradients
+        engine.deferred.announce_addition()
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"]["state"])
     for name, module in model.named_modules():

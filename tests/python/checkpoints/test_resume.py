@@ -58,8 +58,11 @@ def several(optimizer: torch.optim.Optimizer) -> Any:
         ("tied", {"window": 3}),
         ("frozen", {"micro_batch": 1, "groups": groups, "schedule": several}),
         ("llama", {"window": 1, "keep_graphs": 0, "device_memory": "64MiB"}),
+        ("tied", {"optimizer": {"update": "deferred"}, "schedule": cosine}),
+        ("frozen", {"optimizer": {"max_grad_norm": 0.05}, "groups": groups}),
+        ("stack", {"optimizer": {"max_grad_norm": 0.1, "skip_nonfinite": True}, "accumulate": 3}),
     ],
-    ids=["stack", "stack-groups", "tied-window-3", "frozen-groups", "untied-budget"],
+    ids=["stack", "stack-groups", "tied-window-3", "frozen-groups", "untied-budget", "deferred", "clipped", "summed"],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(
     kind: str, options: dict[str, Any], dtype: torch.dtype, offload: Offload, tmp_path: Path
@@ -248,6 +251,41 @@ class Failing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("on purpose")
+
+
+def test_gradients_that_wait_are_not_lost_in_a_checkpoint(offload: Offload, tmp_path: Path) -> None:
+    run = Run(Stack(), offload, optimizer={"update": "deferred"})
+    batches = batches_for(run.model, 2)
+    run.save(tmp_path / "before")
+    run.loss(batches[0]).backward()
+    for action in (lambda: run.save(tmp_path / "c"), lambda: run.load(tmp_path / "before")):
+        with pytest.raises(slidecore.UsageError, match=r"gradients wait for optimizer\.step\(\)"):
+            action()
+    with run.model.no_sync():  # type: ignore[operator]
+        run.loss(batches[1]).backward()
+    with pytest.raises(slidecore.UsageError, match="gradients wait"):
+        run.save(tmp_path / "c")
+    run.optimizer.step()
+    run.save(tmp_path / "c")  # waits for the updates that step() has started
+    after = run.state()
+    run.train(batches)
+    run.load(tmp_path / "c")
+    assert differences(run.state(), after) == []
+    run.loss(batches[0]).backward()
+    run.optimizer.zero_grad()
+    run.save(tmp_path / "dropped")
+
+
+def test_the_count_of_skipped_steps_goes_on(offload: Offload, tmp_path: Path) -> None:
+    run = Run(Stack(), offload, optimizer={"skip_nonfinite": True})
+    (batch,) = batches_for(run.model, 1)
+    run.train([batch, {**batch, "x": batch["x"] * float("inf")}])
+    assert run.optimizer.skipped_steps == 1
+    run.save(tmp_path / "c")
+    other = Run(Stack(seed=1), offload, optimizer={"skip_nonfinite": True})
+    other.load(tmp_path / "c")
+    assert other.optimizer.skipped_steps == 1
+    assert differences(other.state(), run.state()) == []
 
 
 def test_half_a_backward_is_not_saved(offload: Offload, tmp_path: Path) -> None:
