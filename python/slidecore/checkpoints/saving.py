@@ -39,7 +39,7 @@ from slidecore.checkpoints.files import (
 from slidecore.checkpoints.layout import FileLayout
 from slidecore.checkpoints.manifest import BUFFERS, FORMAT, MANIFEST, STATE, encode_manifest, planes_file
 from slidecore.checkpoints.side_files import write_side_files
-from slidecore.checkpoints.weights import INDEX, persistent_buffers, plan_weight_files
+from slidecore.checkpoints.weights import INDEX, WeightFiles, persistent_buffers, plan_weight_files
 from slidecore.errors import CheckpointError
 from slidecore.offloading import engine_of
 from slidecore.sizes import parse_size
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from slidecore.engine import Engine
     from slidecore.optimizer import AdamW
 
-# Writes one file into a directory.
-_Write = Callable[[Path], FileRecord]
+# By name: how large a file will be, and what writes it into a directory.
+_Writes = dict[str, tuple[int, Callable[[Path], FileRecord]]]
 
 
 def save_checkpoint(
@@ -113,7 +113,9 @@ def save_checkpoint(
 
     state = training_state.encode(training_state.collect(model, engine, optimizer, scheduler, extra))
     stop = Stop()
-    body, writes = _plan(model, engine, limit, stop)
+    weights = plan_weight_files(model, engine, limit)
+    writes = _weight_writes(weights, stop)
+    body = _plan_training_state(model, engine, weights, writes, stop)
     writes[STATE] = len(state), partial(_write_bytes, name=STATE, data=state, stop=stop)
     body["sequence"] = next_sequence(target.parent)
 
@@ -126,10 +128,7 @@ def save_checkpoint(
             os.mkdir(temporary / "training")
         except OSError as error:
             raise failure("create", temporary / "training", error) from error
-        # The largest first, so that what is written last, alone, is small.
-        order = sorted(writes, key=lambda name: -writes[name][0])
-        records = run_all([partial(writes[name][1], temporary) for name in order], threads, stop)
-        files.update(zip(order, records, strict=True))
+        files.update(_write_all(writes, temporary, threads, stop))
         _write_bytes(temporary, name=MANIFEST, data=memoryview(encode_manifest(body, files)), stop=stop)
         sync_directory(temporary / "training")
         publish(temporary, target)
@@ -138,19 +137,48 @@ def save_checkpoint(
     return Path(directory)
 
 
-def _plan(
-    model: nn.Module, engine: Engine, shard_bytes: int, stop: Stop
-) -> tuple[dict[str, Any], dict[str, tuple[int, _Write]]]:
-    """The manifest's body, and for every file of weights, planes and buffers its size and what writes it."""
-    writes: dict[str, tuple[int, _Write]] = {}
-    weights = plan_weight_files(model, engine, shard_bytes)
+def write_model(
+    model: nn.Module, directory: Path, *, tokenizer: Any = None, shard_size: int | str = "4GB", threads: int = 0
+) -> None:
+    """Writes weights, configuration and tokenizer into an empty directory, as `save_checkpoint` does: synced, streamed.
+
+    transformers' own `save_pretrained` copies all weights first, because they share the storage of a plane.
+
+    Raises:
+        UsageError: `model` is not offloaded.
+        CheckpointError: a call of the system failed.
+    """
+    engine = engine_of(model)
+    engine.drain()
+    stop = Stop()
+    weights = plan_weight_files(model, engine, parse_size(shard_size, "shard_size"))
+    write_side_files(model, tokenizer, directory)
+    _write_all(_weight_writes(weights, stop), directory, choose_threads(threads), stop)
+    sync_directory(directory)
+
+
+def _write_all(writes: _Writes, directory: Path, threads: int, stop: Stop) -> dict[str, FileRecord]:
+    # The largest first, so that what is written last, alone, is small.
+    order = sorted(writes, key=lambda name: -writes[name][0])
+    records = run_all([partial(writes[name][1], directory) for name in order], threads, stop)
+    return dict(zip(order, records, strict=True))
+
+
+def _weight_writes(weights: WeightFiles, stop: Stop) -> _Writes:
+    writes: _Writes = {}
     converting = threading.Lock()
     for shard in weights.shards:
         writes[shard.name] = shard.layout.nbytes, partial(shard.write, stop=stop, converting=converting)
     if weights.index is not None:
         text = json.dumps(weights.index, indent=2, sort_keys=True).encode()
         writes[INDEX] = len(text), partial(_write_bytes, name=INDEX, data=memoryview(text), stop=stop)
+    return writes
 
+
+def _plan_training_state(
+    model: nn.Module, engine: Engine, weights: WeightFiles, writes: _Writes, stop: Stop
+) -> dict[str, Any]:
+    """Adds the files of planes and buffers to `writes`; returns the manifest's body."""
     layouts = {chunk: lay_out_planes(engine, chunk, whole=chunk in weights.converted) for chunk in engine.chunks}
     for chunk, layout in layouts.items():
         if layout is not None:
@@ -164,7 +192,7 @@ def _plan(
     )
     from slidecore import __version__
 
-    body = {
+    return {
         "format": FORMAT,
         "slidecore": __version__,
         "model": type(model).__name__,
@@ -172,7 +200,6 @@ def _plan(
         "chunks": describe_chunks(engine, layouts, weights.places()),
         "buffers": describe_buffers(layout),
     }
-    return body, writes
 
 
 def _check_space(directory: Path, nbytes: int) -> None:

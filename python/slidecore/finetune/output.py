@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from slidecore.checkpoints import latest_checkpoint
+from slidecore.checkpoints.saving import write_model
 from slidecore.errors import InputError
-from slidecore.integrations.huggingface import without_bars
 
 METRICS, LOSS_PLOT, TIMELINE_PLOT, TRACE = "metrics.jsonl", "loss.png", "timeline.png", "trace.json"
 CHECKPOINTS = "checkpoints"
-# Shards of this size bound what writing one needs beside the planes.
 SHARD_SIZE = "4GB"
 _SAVING, _SCRATCH = ".saving-", ".data-"
 
@@ -118,11 +117,7 @@ class OutputDirectory:
         """
         staging = Path(tempfile.mkdtemp(prefix=_SAVING, dir=self.path))
         try:
-            with without_bars():
-                model.save_pretrained(staging, max_shard_size=SHARD_SIZE)
-                tokenizer.save_pretrained(staging)
-            for file in staging.iterdir():
-                _sync(file)
+            write_model(model, staging, tokenizer=tokenizer, shard_size=SHARD_SIZE)
             config = self.path / "config.json"
             config.unlink(missing_ok=True)
             for old in (*self.path.glob("*.safetensors"), *self.path.glob("*.safetensors.index.json")):
