@@ -39,6 +39,9 @@ logger = logging.getLogger("slidecore")
 
 FORWARD, BACKWARD = _core.Scheduler.FORWARD, _core.Scheduler.BACKWARD
 GRADIENT_BUFFERS = 2
+# The ring that gradients come down in. The update lane idles in a forward once it has used up what the ring holds, and
+# a forward without recomputation is not a long part of a step that updates limit: a larger ring would only cost memory.
+RING_SHARE, LEAST_RING_PIECES = 1 / 8, 8
 
 ScheduledVisit = tuple[int, int, bool, bool]
 engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -84,7 +87,7 @@ class Engine:
         train: bool,
         threads: int,
         piece_bytes: int,
-        ring_pieces: int,
+        ring_pieces: int | None,
     ) -> None:
         self.backend = backend
         self.compute_dtype = compute_dtype
@@ -149,6 +152,9 @@ class Engine:
             windows.append((addresses, numel * item))
         largest_gradient = max((c.trainable_numel for c in self.chunks), default=0) * item
         piece_bytes = max(4096, min(piece_bytes, -(-largest_gradient // 4096) * 4096))
+        if ring_pieces is None:
+            gradients = sum(c.trainable_numel for c in self.chunks) * item
+            ring_pieces = max(LEAST_RING_PIECES, int(gradients * RING_SHARE) // piece_bytes)
         self.sink = _core.AdamWSink(self.pool) if train else None
         if self.sink is not None:
             self._add_chunks_to_sink(self.sink)

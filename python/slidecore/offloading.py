@@ -53,7 +53,7 @@ def offload(
     kernels: Kernels = "auto",
     threads: int = 0,
     piece_bytes: int = 16 << 20,
-    ring_pieces: int = 8,
+    ring_pieces: int | Literal["auto"] = "auto",
 ) -> Model:
     """Makes `model` compute on `device` with its weights in host memory, in place; returns the same object.
 
@@ -72,7 +72,8 @@ def offload(
         kernels: "liger" runs the layers of models that Liger-Kernel knows with its kernels, "torch" as they are; "auto"
             takes Liger-Kernel on a card where it is installed.
         threads: of the CPU update; 0 for all usable CPUs less one.
-        piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in.
+        piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in. "auto" makes room
+            for an eighth of the gradients: that much of the update goes on during the next forward.
 
     Raises:
         ModelError: no blocks were found, the model is offloaded already, or a block shares a parameter.
@@ -95,8 +96,8 @@ def offload(
             raise ValueError(f"{name}={number!r} must be 'auto' or a whole number of at least {least}")
     if piece_bytes < 1 or (piece_bytes > 4096 and piece_bytes % 4096):
         raise ValueError(f"piece_bytes={piece_bytes} must be a multiple of 4096 (or less, which means 4096)")
-    if ring_pieces < 2:
-        raise ValueError(f"ring_pieces={ring_pieces} must be at least 2")
+    if ring_pieces != "auto" and (not isinstance(ring_pieces, int) or ring_pieces < 2):
+        raise ValueError(f"ring_pieces={ring_pieces!r} must be 'auto' or a whole number of at least 2")
     if threads < 0:
         raise ValueError(f"threads={threads} must be at least 0 (0 for all usable CPUs less one)")
     budget = None if device_memory is None else parse_size(device_memory, "device_memory")
@@ -124,7 +125,7 @@ def offload(
         train=train,
         threads=threads,
         piece_bytes=piece_bytes,
-        ring_pieces=ring_pieces,
+        ring_pieces=None if ring_pieces == "auto" else ring_pieces,
     )
     _move_buffers(model, backend.torch_device)
     engine.wrap()
