@@ -51,9 +51,8 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _run_of(container: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The longest run of same-class children with parameters; empty if there are not two of them."""
-    children = [(n, m) for n, m in container.named_children() if _has_parameters(m)]
+def _run_of(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The longest run of same-class modules; empty if there are not two of them."""
     best: list[tuple[str, nn.Module]] = []
     start = 0
     for i in range(1, len(children) + 1):
@@ -67,10 +66,12 @@ def _run_of(container: nn.Module) -> list[tuple[str, nn.Module]]:
 def _find_runs(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     """All blocks below `module`, outermost runs only, in the order in which they are registered."""
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
-        run = _run_of(module)
-        # A ModuleList is a list of peers: blocks of several classes in it (hybrid models) are one run.
-        if run and isinstance(module, nn.ModuleList):
-            run = [(n, m) for n, m in module.named_children() if _has_parameters(m)]
+        run = children = [(n, m) for n, m in module.named_children() if _has_parameters(m)]
+        # A ModuleList is a list of peers: blocks of several classes in it (hybrid models, where attention and other
+        # blocks take turns) are one run.
+        peers = isinstance(module, nn.ModuleList) and len({type(m) for _, m in children}) < len(children)
+        if not peers:
+            run = _run_of(children)
         if run:
             return [(f"{prefix}{n}", m) for n, m in run]
     blocks: list[tuple[str, nn.Module]] = []
