@@ -109,7 +109,7 @@ class Engine:
             budget=device_memory,
             needs=self.needs,
             head=head,
-            blocks=sum(c.kind == "block" for c in self.chunks),
+            blocks=[c for c in self.chunks if c.kind == "block"],
             micro_batch=micro_batch,
             keep_graphs=keep_graphs,
         )
