@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import warnings
@@ -170,6 +171,9 @@ class Engine:
         self._live: weakref.WeakSet[Record | HeadRecord] = weakref.WeakSet()
         self._hyper: dict[Entry, _core.AdamWHyper] = {}
         self._resident_depth = 0
+        self.in_root = False  # a forward that began at a module with blocks is under way
+        self._inferred: list[ScheduledVisit] = []  # visits of this forward without gradients
+        self._own_forwards: dict[nn.Module, Any] = {}  # what modules had in their __dict__ before
         self.uses: list[Use] = []
         self._mode = ""
         self._schedules = {"train": self._first_schedule(), "infer": []}
@@ -230,16 +234,23 @@ class Engine:
         for chunk in self.chunks:
             for name, module in chunk.uses:
                 if chunk.kind == "resident":
-                    module.forward = self._scoped(chunk, module.forward)  # type: ignore[method-assign]
+                    self.replace_forward(module, self._scoped(chunk, module.forward))
                     continue
                 use = Use(name, module, chunk, module.forward)
                 self.uses.append(use)
-                module.forward = self._visiting(use)  # type: ignore[method-assign]
+                self.replace_forward(module, self._visiting(use))
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Until `unwrap`."""
+        self._own_forwards.setdefault(module, module.__dict__.get("forward"))
+        module.forward = forward  # type: ignore[method-assign]
 
     def unwrap(self) -> None:
-        for chunk in self.chunks:
-            for _, module in chunk.uses:
+        for module, forward in self._own_forwards.items():
+            if forward is None:
                 module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.refuse_copy()
@@ -252,6 +263,7 @@ class Engine:
         )
 
     def _visiting(self, use: Use) -> Callable[..., Any]:
+        @functools.wraps(use.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self.visits.call(use, args, kwargs)
 
@@ -260,6 +272,7 @@ class Engine:
     def _scoped(self, chunk: Chunk, inner: Callable[..., Any]) -> Callable[..., Any]:
         """Modules around the blocks run with the parameters that they hold themselves on the device."""
 
+        @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._resident_depth:
                 return inner(*args, **kwargs)
@@ -295,6 +308,8 @@ class Engine:
     def holding(self, chunk: Chunk, *, backward: bool) -> Iterator[torch.Tensor]:
         """The slot that holds the chunk's weights, for work enqueued on the current stream inside the context."""
         phase = BACKWARD if backward else FORWARD
+        if self.in_root and self._mode == "infer":
+            self._inferred.append((chunk.index, phase, True, False))
         address = self.scheduler.acquire(chunk.index, phase, self.backend.stream())
         try:
             yield self._slots[address]
@@ -339,9 +354,10 @@ class Engine:
         self.activations.position = 0
 
     def begin_root_forward(self) -> None:
-        """Called when the offloaded model itself is called."""
+        """Called when the offloaded model, or a part of it that holds blocks, is called."""
         self.scheduler.check()
         self.activations.position = 0
+        self._inferred = []
         if not torch.is_grad_enabled():
             self.set_mode("infer")
             return
@@ -355,6 +371,12 @@ class Engine:
         if self.state == "forward" and not self._live:
             # The graphs of earlier forwards were dropped without a backward.
             self._reset_pass()
+
+    def end_root_forward(self) -> None:
+        """Called after a forward: the next one without gradients is expected to make the visits that this one made."""
+        if self._mode == "infer" and self._inferred and self._inferred != self._schedules["infer"]:
+            self._schedules["infer"] = self._inferred
+            self.scheduler.set_schedule(self._inferred)
 
     def forward_visited(self, record: Record | HeadRecord) -> None:
         """A forward visit with a graph was made: its backward is expected."""

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from slidecore import roots
 from slidecore.backend import Backend
 from slidecore.engine import Engine, engines
 from slidecore.errors import ModelError, UsageError
@@ -128,6 +128,7 @@ def offload(
     )
     _move_buffers(model, backend.torch_device)
     engine.wrap()
+    roots.wrap(model, engine)
     model.__dict__[_ATTRIBUTE] = engine
     _hook(model, engine)
     huggingface.attach(model, engine)
@@ -144,17 +145,6 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _hook(model: nn.Module, engine: Engine) -> None:
-    device = engine.backend.torch_device
-
-    def to_device(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        engine.begin_root_forward()
-        if device.type == "cpu":
-            return args, kwargs
-        return pytree.tree_map(to_device, args), pytree.tree_map(to_device, kwargs)
-
     def loaded(module: nn.Module, _: Any) -> None:
         for parameter in module._parameters.values():
             if id(parameter) in engine.entries:
@@ -182,7 +172,7 @@ def _hook(model: nn.Module, engine: Engine) -> None:
             )
         return model  # where weights compute is slidecore's business; their masters stay in host memory
 
-    handles = [model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)]
+    handles: list[Any] = []
     for part in model.modules():  # whose state may be asked for, or loaded, by itself
         handles += [
             part.register_state_dict_pre_hook(settle),
