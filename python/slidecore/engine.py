@@ -9,7 +9,7 @@ import logging
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +21,7 @@ from slidecore.activations import Activations
 from slidecore.backend import Backend
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
+from slidecore.kept import kept_bytes
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Planes, lay_out
 from slidecore.planner import (
@@ -76,6 +77,7 @@ class Engine:
         micro_batch: int | None,
         keep_graphs: int | None,
         blocks: Sequence[str | nn.Module] | None,
+        kept: Mapping[int, tuple[str, nn.Parameter]],
         train: bool,
         threads: int,
         piece_bytes: int,
@@ -84,15 +86,17 @@ class Engine:
         self.backend = backend
         self.compute_dtype = compute_dtype
         self.train = train
-        self.chunks = partition(model, blocks)
+        self.chunks = partition(model, blocks, kept)
         if not train:
             for chunk in self.chunks:
                 for entry in chunk.entries:
                     entry.trainable = False
         lay_out(self.chunks)
-        self.needs = device_needs(self.chunks, compute_dtype, window, train, GRADIENT_BUFFERS)
+        self._kept_bytes, trained_bytes = kept_bytes(kept.values())
+        kept_needs = self._kept_bytes + (trained_bytes if train else 0)
+        self.needs = device_needs(self.chunks, compute_dtype, window, train, GRADIENT_BUFFERS, kept_needs)
         if device_memory is not None:
-            smallest = device_needs(self.chunks, compute_dtype, 2, train, GRADIENT_BUFFERS)
+            smallest = device_needs(self.chunks, compute_dtype, 2, train, GRADIENT_BUFFERS, kept_needs)
             check_device_budget(self.needs, device_memory, window, smallest)
         else:
             available = backend.available_memory()
@@ -118,6 +122,9 @@ class Engine:
 
         self.pool = _core.ThreadPool(threads)
         self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train)
+        for _, parameter in kept.values():
+            parameter.data = parameter.data.to(backend.torch_device)
+        backend.hold(self._kept_bytes)
         self.entries: dict[int, tuple[Chunk, Entry]] = {}
         self._stray_hooks: list[Any] = []
         self._fill_planes()
@@ -529,4 +536,5 @@ class Engine:
         for hook in self._stray_hooks:
             hook.remove()
         self.scheduler.close()
+        self.backend.drop(self._kept_bytes)
         self._slots.clear()

@@ -24,12 +24,13 @@ class DeviceNeeds:
     resident: int
     block_gradients: int
     edge_gradients: int
+    kept: int = 0  # kept parameters, with gradients and moments of those that are trained
     head_tile: int = 0  # the smallest tile's logits, and the tile's own gradient of the head's weight
 
     @property
     def fixed(self) -> int:
         """Always allocated."""
-        return self.slots + self.edge_slot + self.resident
+        return self.slots + self.edge_slot + self.resident + self.kept
 
     @property
     def total(self) -> int:
@@ -48,12 +49,13 @@ def device_needs(
     window: int,
     train: bool,
     gradient_buffers: int,
+    kept: int = 0,
 ) -> DeviceNeeds:
     """Adds up slots and gradients.
 
     A gradient exists in the compute dtype on its way down, and in float32 while several contributions are summed. While
     a block's is made, the head's may still be on its way down, and the sums of tied edges and of resident parameters
-    wait for their last contribution.
+    wait for their last contribution. `kept` are the bytes of kept parameters.
     """
     item = compute_dtype.itemsize
 
@@ -74,6 +76,7 @@ def device_needs(
         resident=largest("resident") * item,
         block_gradients=blocks,
         edge_gradients=edges,
+        kept=kept,
     )
 
 
@@ -128,6 +131,7 @@ def check_device_budget(needs: DeviceNeeds, budget: int, window: int, smallest: 
         f"a window of {window} slots takes": needs.slots,
         "the slot of embedding and head": needs.edge_slot,
         "resident parameters": needs.resident,
+        "kept parameters (if trained, with gradients and moments)": needs.kept,
         "gradients up to": gradients,
     }
     told = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
