@@ -80,8 +80,13 @@ py::dict summary_of(Scheduler& scheduler) {
   return out;
 }
 
+GradientType gradient_type(bool float32) {
+  return float32 ? GradientType::float32 : GradientType::bfloat16;
+}
+
 void bind_sink(py::module_& m) {
   using Segment = std::tuple<std::size_t, std::size_t, AdamWHyper>;
+  using SumSegment = std::tuple<std::size_t, std::size_t, bool>;
   py::class_<AdamWSink, std::shared_ptr<AdamWSink>>(m, "AdamWSink")
       .def(py::init<std::shared_ptr<ThreadPool>>(), py::arg("pool"))
       .def(
@@ -91,18 +96,29 @@ void bind_sink(py::module_& m) {
             // A chunk whose parameters are all frozen keeps its index but has nothing to update.
             const AdamWPlanes planes =
                 n == 0 ? AdamWPlanes{} : make_planes(weight, residual, weight32, exp_avg, exp_avg_sq);
-            return sink.add_chunk(planes, n, gradient_float32 ? GradientType::float32 : GradientType::bfloat16);
+            return sink.add_chunk(planes, n, gradient_type(gradient_float32));
           },
           py::kw_only(), py::arg("n"), py::arg("gradient_float32"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
           py::arg("weight") = 0, py::arg("residual") = 0, py::arg("weight32") = 0)
       .def(
           "prepare",
-          [](AdamWSink& sink, std::uint32_t chunk, const std::vector<Segment>& segments) {
+          [](AdamWSink& sink, std::uint32_t chunk, const std::vector<Segment>& segments, bool gradient_float32) {
             std::vector<AdamWSink::Segment> table;
             for (const auto& [offset, length, hyper] : segments) table.push_back({offset, length, hyper});
-            sink.prepare(chunk, std::move(table));
+            sink.prepare(chunk, table, gradient_type(gradient_float32));
           },
-          py::arg("chunk"), py::arg("segments"));
+          py::arg("chunk"), py::arg("segments"), py::arg("gradient_float32"))
+      .def(
+          "prepare_sum",
+          [](AdamWSink& sink, std::uint32_t chunk, const std::vector<SumSegment>& segments, std::uintptr_t sum,
+             bool gradient_float32) {
+            std::vector<AdamWSink::SumSegment> table;
+            for (const auto& [offset, length, first] : segments) table.push_back({offset, length, first});
+            sink.prepare_sum(chunk, table, pointer<float>(sum), gradient_type(gradient_float32));
+          },
+          py::arg("chunk"), py::arg("segments"), py::arg("sum"), py::arg("gradient_float32"))
+      .def("squares", &AdamWSink::squares, py::arg("chunk"))
+      .def("discard", &AdamWSink::discard, py::arg("chunk"));
 }
 
 }  // namespace
@@ -145,6 +161,25 @@ void bind_scheduler(py::module_& m) {
             return s.get().submit_gradient(chunk, pointer<const void>(gradient), bytes, stream);
           },
           py::arg("chunk"), py::arg("gradient"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def(
+          "add_gradient",
+          [](const Handle& s, std::uint32_t chunk, std::uintptr_t gradient, std::size_t bytes, StreamHandle stream) {
+            return s.get().add_gradient(chunk, pointer<const void>(gradient), bytes, stream);
+          },
+          py::arg("chunk"), py::arg("gradient"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def(
+          "save_gradient",
+          [](const Handle& s, std::uint32_t chunk, std::uintptr_t host, std::uintptr_t gradient, std::size_t bytes,
+             StreamHandle stream) {
+            return s.get().save_gradient(chunk, pointer<void>(host), pointer<const void>(gradient), bytes, stream);
+          },
+          py::arg("chunk"), py::arg("host"), py::arg("gradient"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def(
+          "update",
+          [](const Handle& s, std::uint32_t chunk, std::uintptr_t gradient, std::size_t bytes, Ticket after) {
+            s.get().update(chunk, pointer<const void>(gradient), bytes, after);
+          },
+          py::arg("chunk"), py::arg("gradient"), py::arg("nbytes"), py::arg("after"), ReleaseGil())
       .def(
           "save_input",
           [](const Handle& s, std::int32_t chunk, std::uintptr_t host, std::uintptr_t device, std::size_t bytes,

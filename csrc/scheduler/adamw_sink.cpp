@@ -20,15 +20,32 @@ struct Range {
   kernels::Scalars scalars;
 };
 
-using Table = std::vector<Range>;
+// The part of a segment in one block. Each part's squares have a place of their own, whoever computes them.
+struct Part {
+  std::size_t begin;
+  std::size_t end;
+  std::size_t segment;
+  bool first;
+};
+
+// What becomes of one submission: an update by `ranges`, or the addition of `parts` to `sum`.
+struct Job {
+  GradientType type = GradientType::float32;
+  std::vector<Range> ranges;
+  float* sum = nullptr;
+  std::vector<Part> parts;
+  std::vector<double> squares;  // of each part
+  std::size_t segments = 0;
+};
 
 struct Chunk {
   AdamWPlanes planes;
   std::size_t n;
   GradientType type;
-  std::deque<Table> prepared;  // guarded by the mutex
-  Table active;                // the update lane's own between begin() and end()
-  bool begun = false;          // the update lane's own
+  std::deque<Job> prepared;     // guarded by the mutex
+  std::vector<double> squares;  // of the last sum's segments; guarded by the mutex
+  Job active;                   // the update lane's own between begin() and end()
+  bool begun = false;           // the update lane's own
 };
 
 std::string label(std::uint32_t chunk) {
@@ -42,11 +59,12 @@ bool same_update(const kernels::Scalars& a, const kernels::Scalars& b) {
          a.bias_correction2_sqrt == b.bias_correction2_sqrt && a.eps == b.eps && a.minus_step_size == b.minus_step_size;
 }
 
-Table checked(std::uint32_t chunk, std::size_t n, const std::vector<AdamWSink::Segment>& segments) {
-  Table table;
+// Calls each(segment, where()) for segments that ascend, do not overlap and lie in the chunk's n elements.
+template <class Segment, class Each>
+void for_checked(std::uint32_t chunk, std::size_t n, const std::vector<Segment>& segments, const Each& each) {
   std::size_t previous_end = 0;
   for (std::size_t i = 0; i < segments.size(); ++i) {
-    const auto& [offset, length, hyper] = segments[i];
+    const std::size_t offset = segments[i].offset, length = segments[i].length;
     const auto where = [&] {
       return label(chunk) + ", segment " + std::to_string(i) + " (offset " + std::to_string(offset) + ", length " +
              std::to_string(length) + ")";
@@ -59,20 +77,73 @@ Table checked(std::uint32_t chunk, std::size_t n, const std::vector<AdamWSink::S
                                               std::to_string(previous_end) + ": give them ascending, without overlap");
     }
     previous_end = offset + length;
+    each(segments[i], where);
+  }
+}
+
+std::vector<Range> ranges_of(std::uint32_t chunk, std::size_t n, const std::vector<AdamWSink::Segment>& segments) {
+  std::vector<Range> ranges;
+  for_checked(chunk, n, segments, [&](const AdamWSink::Segment& segment, const auto& where) {
     kernels::Scalars scalars{};
     try {
-      scalars = adamw_scalars(hyper);
+      scalars = adamw_scalars(segment.hyper);
     } catch (const Error& error) {
       throw Error(error.code(), where() + ": " + error.what());
     }
-    if (length == 0) continue;
-    if (!table.empty() && table.back().end == offset && same_update(table.back().scalars, scalars)) {
-      table.back().end = previous_end;
+    if (segment.length == 0) return;
+    const std::size_t end = segment.offset + segment.length;
+    if (!ranges.empty() && ranges.back().end == segment.offset && same_update(ranges.back().scalars, scalars)) {
+      ranges.back().end = end;
     } else {
-      table.push_back({offset, previous_end, scalars});
+      ranges.push_back({segment.offset, end, scalars});
     }
+  });
+  return ranges;
+}
+
+// Blocks count from the chunk's start, so that pieces of whole blocks never cut a part.
+std::vector<Part> parts_of(std::uint32_t chunk, std::size_t n, const std::vector<AdamWSink::SumSegment>& segments) {
+  std::vector<Part> parts;
+  std::size_t index = 0;
+  for_checked(chunk, n, segments, [&](const AdamWSink::SumSegment& segment, const auto&) {
+    const std::size_t end = segment.offset + segment.length;
+    for (std::size_t begin = segment.offset; begin < end;) {
+      const std::size_t block_end = (begin / adamw_block_size + 1) * adamw_block_size;
+      parts.push_back({begin, std::min(end, block_end), index, segment.first});
+      begin = parts.back().end;
+    }
+    ++index;
+  });
+  return parts;
+}
+
+// The first of the items (ascending, apart) that reaches past `element`.
+template <class Item>
+std::size_t first_past(const std::vector<Item>& items, std::size_t element) {
+  const auto found = std::upper_bound(items.begin(), items.end(), element,
+                                      [](std::size_t e, const Item& item) { return e < item.end; });
+  return static_cast<std::size_t>(found - items.begin());
+}
+
+// A block of the update: elements [from, to), of a piece whose first element is `first`.
+void update_block(const Chunk& chunk, const void* piece, std::size_t first, std::size_t from, std::size_t to) {
+  const Job& job = chunk.active;
+  for (std::size_t i = first_past(job.ranges, from); i < job.ranges.size() && job.ranges[i].begin < to; ++i) {
+    const Range& range = job.ranges[i];
+    adamw_block(kernel_table(), range.scalars, chunk.planes, piece, first, job.type, std::max(range.begin, from),
+                std::min(range.end, to));
   }
-  return table;
+}
+
+void sum_block(Job& job, const void* piece, std::size_t first, std::size_t from, std::size_t to) {
+  const bool bfloat16 = job.type == GradientType::bfloat16;
+  const auto kernel = bfloat16 ? kernel_table().accumulate_bfloat16 : kernel_table().accumulate_float32;
+  for (std::size_t i = first_past(job.parts, from); i < job.parts.size() && job.parts[i].begin < to; ++i) {
+    const Part& part = job.parts[i];
+    const std::size_t begin = std::max(part.begin, from), end = std::min(part.end, to);
+    const void* values = static_cast<const char*>(piece) + (begin - first) * gradient_bytes(job.type);
+    job.squares[i] += kernel(job.sum + begin, values, end - begin, part.first);
+  }
 }
 
 }  // namespace
@@ -103,15 +174,42 @@ AdamWSink::~AdamWSink() = default;
 std::uint32_t AdamWSink::add_chunk(const AdamWPlanes& planes, std::size_t n, GradientType type) {
   check_planes(planes, n);
   const std::lock_guard lock(impl_->mutex);
-  impl_->chunks.push_back({.planes = planes, .n = n, .type = type, .prepared = {}, .active = {}});
+  impl_->chunks.push_back({.planes = planes, .n = n, .type = type, .prepared = {}, .squares = {}, .active = {}});
   return static_cast<std::uint32_t>(impl_->chunks.size() - 1);
 }
 
 void AdamWSink::prepare(std::uint32_t index, const std::vector<Segment>& segments) {
+  prepare(index, segments, impl_->chunk(index).type);
+}
+
+void AdamWSink::prepare(std::uint32_t index, const std::vector<Segment>& segments, GradientType type) {
   Chunk& chunk = impl_->chunk(index);
-  Table table = checked(index, chunk.n, segments);
+  Job job;
+  job.type = type;
+  job.ranges = ranges_of(index, chunk.n, segments);
   const std::lock_guard lock(impl_->mutex);
-  chunk.prepared.push_back(std::move(table));
+  chunk.prepared.push_back(std::move(job));
+}
+
+void AdamWSink::prepare_sum(std::uint32_t index, const std::vector<SumSegment>& segments, float* sum,
+                            GradientType type) {
+  Chunk& chunk = impl_->chunk(index);
+  if (sum == nullptr) throw Error(Code::invalid_argument, label(index) + ": the sum of gradients is null");
+  Job job;
+  job.type = type;
+  job.sum = sum;
+  job.parts = parts_of(index, chunk.n, segments);
+  job.squares.resize(job.parts.size());
+  job.segments = segments.size();
+  const std::lock_guard lock(impl_->mutex);
+  chunk.prepared.push_back(std::move(job));
+}
+
+std::vector<double> AdamWSink::squares(std::uint32_t index) {
+  Chunk& chunk = impl_->chunk(index);
+  const std::lock_guard lock(impl_->mutex);
+  if (chunk.squares.empty()) throw Error(Code::state, label(index) + " has added no gradient to a sum yet");
+  return chunk.squares;
 }
 
 void AdamWSink::discard(std::uint32_t index) {
@@ -135,9 +233,10 @@ void AdamWSink::begin(std::uint32_t index) {
 }
 
 void AdamWSink::consume(std::uint32_t index, std::size_t offset_bytes, const void* piece, std::size_t bytes) {
-  const Chunk& chunk = impl_->chunk(index);
+  Chunk& chunk = impl_->chunk(index);
   if (!chunk.begun) throw Error(Code::state, label(index) + " got a piece outside of a submission");
-  const std::size_t size = gradient_bytes(chunk.type);
+  Job& job = chunk.active;
+  const std::size_t size = gradient_bytes(job.type);
   const std::size_t first = offset_bytes / size;
   const std::size_t count = bytes / size;
   if (offset_bytes % size != 0 || bytes % size != 0 || first > chunk.n || count > chunk.n - first) {
@@ -145,17 +244,17 @@ void AdamWSink::consume(std::uint32_t index, std::size_t offset_bytes, const voi
                                             std::to_string(offset_bytes) + " does not lie in the gradient's " +
                                             std::to_string(chunk.n * size) + " bytes, or cuts an element");
   }
-  check_gradient(piece, chunk.type, count);
-  const kernels::Table& table = kernel_table();
-  impl_->pool->run(count, adamw_block_size, [&](std::size_t block_begin, std::size_t block_end) {
+  check_gradient(piece, job.type, count);
+  // Blocks as parts count them, so that no two threads share one.
+  const std::size_t skew = job.sum == nullptr ? 0 : first % adamw_block_size;
+  impl_->pool->run(count + skew, adamw_block_size, [&](std::size_t block_begin, std::size_t block_end) {
     const DefaultFloatEnvironment environment;
-    const std::size_t from = first + block_begin;
-    const std::size_t to = first + block_end;
-    auto range = std::upper_bound(chunk.active.begin(), chunk.active.end(), from,
-                                  [](std::size_t element, const Range& r) { return element < r.end; });
-    for (; range != chunk.active.end() && range->begin < to; ++range) {
-      adamw_block(table, range->scalars, chunk.planes, piece, first, chunk.type, std::max(range->begin, from),
-                  std::min(range->end, to));
+    const std::size_t from = std::max(first, first - skew + block_begin);
+    const std::size_t to = first - skew + block_end;
+    if (job.sum == nullptr) {
+      update_block(chunk, piece, first, from, to);
+    } else {
+      sum_block(job, piece, first, from, to);
     }
   });
 }
@@ -163,7 +262,15 @@ void AdamWSink::consume(std::uint32_t index, std::size_t offset_bytes, const voi
 void AdamWSink::end(std::uint32_t index) {
   Chunk& chunk = impl_->chunk(index);
   if (!chunk.begun) throw Error(Code::state, label(index) + " ended a submission that had not begun");
-  chunk.active = Table{};
+  if (chunk.active.sum != nullptr) {
+    std::vector<double> squares(chunk.active.segments);
+    for (std::size_t i = 0; i < chunk.active.parts.size(); ++i) {
+      squares[chunk.active.parts[i].segment] += chunk.active.squares[i];
+    }
+    const std::lock_guard lock(impl_->mutex);
+    chunk.squares = std::move(squares);
+  }
+  chunk.active = Job{};
   chunk.begun = false;
 }
 

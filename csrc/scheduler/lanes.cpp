@@ -142,29 +142,37 @@ void Scheduler::Impl::download_step(std::unique_lock<std::mutex>& lock) {
   const DownloadTask task = downloads.front();
   downloads.pop_front();
   ++download_busy;
-  if (task.is_gradient) {
-    described([&] { return "download of the gradient" + of_chunk(task.chunk); },
-              [&] { download_gradient(task, lock); });
-  } else {
-    described([&] { return "save of an input" + of_chunk(task.chunk); }, [&] { download_input(task, lock); });
-  }
+  const char* of = task.kind == Download::input ? "save of an input" : "download of the gradient";
+  const bool for_sink = task.kind == Download::to_update || task.kind == Download::to_sum;
+  described([&] { return of + of_chunk(task.chunk); },
+            [&] { for_sink ? download_in_pieces(task, lock) : download_whole(task, lock); });
   --download_busy;
   changed.notify_all();
 }
 
-void Scheduler::Impl::download_input(const DownloadTask& task, std::unique_lock<std::mutex>& lock) {
+void Scheduler::Impl::download_whole(const DownloadTask& task, std::unique_lock<std::mutex>& lock) {
+  const bool gradient = task.kind == Download::saved_gradient;
+  if (gradient) {
+    changed.wait(lock,
+                 [&] { return stopping || failure != nullptr || chunks[task.chunk].updated >= task.after_updates; });
+    if (stopping || failure != nullptr) return;
+  }
   lock.unlock();
   device->wait(download_stream, task.after_work);
   events.give(task.after_work);
   const EventHandle start = spans.mark(download_stream);
   device->to_host(task.host, task.device, task.bytes, download_stream);
   const EventHandle end = spans.mark(download_stream);
-  spans.add(Lane::download, SpanKind::input_out, task.chunk, start, end, task.bytes);
+  spans.add(Lane::download, gradient ? SpanKind::gradient : SpanKind::input_out, task.chunk, start, end, task.bytes);
   lock.lock();
   issue_ticket(task.ticket, download_stream);
+  if (gradient) {
+    ++counters.gradients;
+    counters.gradient_bytes += task.bytes;
+  }
 }
 
-void Scheduler::Impl::download_gradient(const DownloadTask& task, std::unique_lock<std::mutex>& lock) {
+void Scheduler::Impl::download_in_pieces(const DownloadTask& task, std::unique_lock<std::mutex>& lock) {
   lock.unlock();
   device->wait(download_stream, task.after_work);
   events.give(task.after_work);
@@ -184,7 +192,7 @@ void Scheduler::Impl::download_gradient(const DownloadTask& task, std::unique_lo
     device->record(landed, download_stream);
     std::lock_guard guard(mutex);
     updates.push_back({static_cast<std::uint32_t>(task.chunk), offset, bytes, piece, landed, offset == 0,
-                       offset + bytes == task.bytes});
+                       offset + bytes == task.bytes, task.kind == Download::to_update, task.after_updates});
     changed.notify_all();
   }
   lock.lock();
@@ -193,29 +201,95 @@ void Scheduler::Impl::download_gradient(const DownloadTask& task, std::unique_lo
   counters.gradient_bytes += task.bytes;
 }
 
+// Host updates go in their order. Nothing waits in a circle: what one waits for was asked for before it, and so went
+// into the download lane's queue before all that waits for it.
+bool Scheduler::Impl::host_update_ready() const {
+  if (host_updates.empty()) return false;
+  const HostUpdate& next = host_updates.front();
+  return ticket_issued(next.after) && chunks[next.chunk].summed >= next.after_sums;
+}
+
+// Index of the piece to consume next, or updates.size(). A chunk's pieces go in their order; of the chunks, the one
+// whose weights are needed soonest comes first. In backward that is the latest: what the ring holds of the others is
+// updated while the next forward is still far from them, so the lane need not idle then.
+std::size_t Scheduler::Impl::most_urgent_piece() const {
+  std::size_t best = updates.size(), best_use = 0;
+  std::vector<bool> seen(chunks.size(), false);
+  for (std::size_t i = 0; i < updates.size(); ++i) {
+    const UpdateTask& task = updates[i];
+    if (seen[task.chunk]) continue;
+    seen[task.chunk] = true;
+    const Chunk& chunk = chunks[task.chunk];
+    if (chunk.updated < task.after_updates) continue;
+    const bool awaited = std::any_of(chunk.held.begin(), chunk.held.end(), [](const Hold& h) { return !h.granted; });
+    const std::size_t use = awaited ? 0 : 1 + next_use(static_cast<std::int32_t>(task.chunk));
+    if (best == updates.size() || use < best_use) {
+      best = i;
+      best_use = use;
+    }
+  }
+  return best;
+}
+
 void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
-  changed.wait(lock, [&] { return stopping || failure != nullptr || !updates.empty(); });
+  std::size_t piece = 0;
+  changed.wait(lock, [&] {
+    if (stopping || failure != nullptr || host_update_ready()) return true;
+    piece = most_urgent_piece();
+    return piece < updates.size();
+  });
   if (stopping || failure != nullptr) return;
-  const UpdateTask task = updates.front();
-  updates.pop_front();
-  ++update_busy;  // from here on, lest synchronize() finds neither the task in the queue nor the lane at work
+  ++update_busy;  // before a queue is taken from, lest synchronize() finds neither a task in it nor the lane at work
+  if (host_update_ready()) {
+    const HostUpdate update = host_updates.front();
+    host_updates.pop_front();
+    consume_from_host(update, lock);
+  } else {
+    const UpdateTask task = updates[piece];
+    updates.erase(updates.begin() + static_cast<std::ptrdiff_t>(piece));
+    consume(task, lock);
+  }
+  --update_busy;
+  changed.notify_all();
+}
+
+void Scheduler::Impl::consume_from_host(const HostUpdate& update, std::unique_lock<std::mutex>& lock) {
+  const auto arrived = ticket_event(update.after);
+  if (arrived != nullptr) {
+    lock.unlock();
+    described([&] { return "update" + of_chunk(static_cast<std::int32_t>(update.chunk)); },
+              [&] { device->synchronize_event(*arrived); });
+    lock.lock();
+  }
+  const std::size_t piece_bytes = options.piece_bytes;
+  for (std::size_t offset = 0; offset < update.bytes && !stopping && failure == nullptr; offset += piece_bytes) {
+    const std::size_t bytes = std::min(piece_bytes, update.bytes - offset);
+    consume(
+        {update.chunk, offset, bytes, update.gradient + offset, 0, offset == 0, offset + bytes == update.bytes, true},
+        lock);
+  }
+}
+
+void Scheduler::Impl::consume(const UpdateTask& task, std::unique_lock<std::mutex>& lock) {
   Chunk& chunk = chunks[task.chunk];
-  if (task.first) {
+  EventHandle last_upload = 0;
+  if (task.first && task.changes_weights) {
     // From here on the plane changes: no upload may be reading it. New ones wait, as submitted > updated.
     changed.wait(lock, [&] { return stopping || failure != nullptr || chunk.reading == 0; });
     if (stopping || failure != nullptr) return;
+    last_upload = chunk.last_upload;
   }
-  const EventHandle last_upload = task.first ? chunk.last_upload : 0;
   lock.unlock();
   const auto what = [&] {
-    return "update" + of_chunk(static_cast<std::int32_t>(task.chunk)) + ", bytes " + std::to_string(task.offset) +
-           " to " + std::to_string(task.offset + task.bytes);
+    return (task.changes_weights ? "update" : "sum of gradients") + of_chunk(static_cast<std::int32_t>(task.chunk)) +
+           ", bytes " + std::to_string(task.offset) + " to " + std::to_string(task.offset + task.bytes);
   };
+  const bool in_ring = task.landed != 0;
   described(what, [&] {
     if (last_upload != 0) device->synchronize_event(last_upload);
-    device->synchronize_event(task.landed);
+    if (in_ring) device->synchronize_event(task.landed);
   });
-  events.give(task.landed);
+  if (in_ring) events.give(task.landed);
   const std::int64_t start = trace.now_ns();
   described(what, [&] {
     if (task.first) sink->begin(task.chunk);
@@ -225,12 +299,12 @@ void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
   const std::int64_t end = trace.now_ns();
   // The clock restarts with the trace, which may have been turned on or off meanwhile.
   if (trace.enabled() && end >= start) {
-    trace.add({Lane::update, SpanKind::update, static_cast<std::int32_t>(task.chunk), start, end, task.bytes});
+    const SpanKind kind = task.changes_weights ? SpanKind::update : SpanKind::sum;
+    trace.add({Lane::update, kind, static_cast<std::int32_t>(task.chunk), start, end, task.bytes});
   }
-  ring->release(task.piece);
+  if (in_ring) ring->release(const_cast<void*>(task.piece));
   lock.lock();
-  if (task.last) ++chunk.updated;
-  --update_busy;
+  if (task.last) ++(task.changes_weights ? chunk.updated : chunk.summed);
   changed.notify_all();
 }
 

@@ -225,30 +225,86 @@ void Scheduler::release(std::uint32_t chunk, Phase phase, StreamHandle stream) {
   s.prefetch();
 }
 
+void Scheduler::Impl::check_gradient(std::uint32_t chunk, std::size_t bytes, bool for_sink) const {
+  check_chunk(chunk);
+  if (for_sink && !sink) {
+    throw Error(Code::state, "a gradient was submitted, but this scheduler has no sink for gradients");
+  }
+  if (bytes == 0)
+    throw Error(Code::invalid_argument, "the gradient of chunk '" + chunks[chunk].spec.name + "' is empty");
+}
+
+// Puts the task into the queue, behind the work on `stream` so far.
+Ticket Scheduler::Impl::download(DownloadTask task, StreamHandle stream) {
+  task.after_work = events.take();
+  device->record(task.after_work, stream);
+  task.ticket = new_ticket();
+  downloads.push_back(task);
+  changed.notify_all();
+  return task.ticket;
+}
+
+// The chunk's weights will be new.
+void Scheduler::Impl::expect_update(std::uint32_t chunk) {
+  ++chunks[chunk].submitted;
+  drop_copies(chunk);
+  pass_update(chunk);
+  prefetch();
+  changed.notify_all();
+}
+
 Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std::size_t bytes, StreamHandle stream) {
   Impl& s = *impl_;
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
-  s.check_chunk(chunk);
-  if (!s.sink) throw Error(Code::state, "a gradient was submitted, but this scheduler has no sink for gradients");
-  if (bytes == 0)
-    throw Error(Code::invalid_argument, "the gradient of chunk '" + s.chunks[chunk].spec.name + "' is empty");
-  DownloadTask task{};
-  task.is_gradient = true;
-  task.chunk = static_cast<std::int32_t>(chunk);
-  task.device = gradient;
-  task.bytes = bytes;
-  task.after_work = s.events.take();
-  s.device->record(task.after_work, stream);
-  task.ticket = s.new_ticket();
-  s.downloads.push_back(task);
+  s.check_gradient(chunk, bytes, /*for_sink=*/true);
+  const Ticket ticket = s.download(
+      {.kind = Download::to_update, .chunk = static_cast<std::int32_t>(chunk), .device = gradient, .bytes = bytes},
+      stream);
   // Only now, as device calls may fail: uploads of the chunk would wait for ever for a gradient that is not queued.
-  ++s.chunks[chunk].submitted;
-  s.drop_copies(chunk);
-  s.pass_update(chunk);
-  s.prefetch();
-  s.changed.notify_all();
-  return task.ticket;
+  s.expect_update(chunk);
+  return ticket;
+}
+
+Ticket Scheduler::add_gradient(std::uint32_t chunk, const void* gradient, std::size_t bytes, StreamHandle stream) {
+  Impl& s = *impl_;
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  s.check_gradient(chunk, bytes, /*for_sink=*/true);
+  const Ticket ticket = s.download({.kind = Download::to_sum,
+                                    .chunk = static_cast<std::int32_t>(chunk),
+                                    .device = gradient,
+                                    .bytes = bytes,
+                                    .after_updates = s.chunks[chunk].submitted},
+                                   stream);
+  ++s.chunks[chunk].to_sum;
+  return ticket;
+}
+
+Ticket Scheduler::save_gradient(std::uint32_t chunk, void* host, const void* gradient, std::size_t bytes,
+                                StreamHandle stream) {
+  Impl& s = *impl_;
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  s.check_gradient(chunk, bytes, /*for_sink=*/false);
+  if (host == nullptr) throw Error(Code::invalid_argument, "a gradient cannot be saved at a null address");
+  return s.download({.kind = Download::saved_gradient,
+                     .chunk = static_cast<std::int32_t>(chunk),
+                     .device = gradient,
+                     .host = host,
+                     .bytes = bytes,
+                     .after_updates = s.chunks[chunk].submitted},
+                    stream);
+}
+
+void Scheduler::update(std::uint32_t chunk, const void* gradient, std::size_t bytes, Ticket after) {
+  Impl& s = *impl_;
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  s.check_gradient(chunk, bytes, /*for_sink=*/true);
+  s.check_ticket(after);
+  s.host_updates.push_back({chunk, static_cast<const char*>(gradient), bytes, after, s.chunks[chunk].to_sum});
+  s.expect_update(chunk);
 }
 
 Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device, std::size_t bytes,
@@ -256,17 +312,7 @@ Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device,
   Impl& s = *impl_;
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
-  DownloadTask task{};
-  task.chunk = chunk;
-  task.device = device;
-  task.host = host;
-  task.bytes = bytes;
-  task.after_work = s.events.take();
-  s.device->record(task.after_work, stream);
-  task.ticket = s.new_ticket();
-  s.downloads.push_back(task);
-  s.changed.notify_all();
-  return task.ticket;
+  return s.download({.kind = Download::input, .chunk = chunk, .device = device, .host = host, .bytes = bytes}, stream);
 }
 
 Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes,
@@ -332,7 +378,7 @@ void Scheduler::wait_updates() {
   std::unique_lock lock(s.mutex);
   s.wait_for(lock, [&] {
     for (const Chunk& chunk : s.chunks) {
-      if (chunk.updated != chunk.submitted) return false;
+      if (chunk.updated != chunk.submitted || chunk.summed != chunk.to_sum) return false;
     }
     return true;
   });
@@ -342,8 +388,8 @@ void Scheduler::synchronize() {
   Impl& s = *impl_;
   std::unique_lock lock(s.mutex);
   s.wait_for(lock, [&] {
-    return s.uploads.empty() && s.downloads.empty() && s.updates.empty() && s.upload_busy == 0 &&
-           s.download_busy == 0 && s.update_busy == 0;
+    return s.uploads.empty() && s.downloads.empty() && s.updates.empty() && s.host_updates.empty() &&
+           s.upload_busy == 0 && s.download_busy == 0 && s.update_busy == 0;
   });
   lock.unlock();
   s.device->synchronize(s.upload_stream);

@@ -49,8 +49,10 @@ struct Chunk {
   ChunkSpec spec;
   std::int32_t slot = -1;       // in its window, -1: not there
   std::list<Hold> held;         // innermost last
-  std::uint64_t submitted = 0;  // gradients handed over
-  std::uint64_t updated = 0;    // gradients consumed
+  std::uint64_t submitted = 0;  // updates asked for
+  std::uint64_t updated = 0;    // updates done
+  std::uint64_t to_sum = 0;     // gradients handed over to be added to a sum
+  std::uint64_t summed = 0;     // of these, added
   bool update_due = false;      // a visit that ends in an update was passed, its gradient is still to come
   int reading = 0;              // uploads being put on the stream right now
   EventHandle last_upload = 0;  // event of the last upload that read the plane
@@ -70,22 +72,37 @@ struct UploadTask {
   Ticket after = 0, ticket = 0;
 };
 
+enum class Download : std::uint8_t { to_update, to_sum, saved_gradient, input };
+
 struct DownloadTask {
-  bool is_gradient;
+  Download kind = Download::input;
   std::int32_t chunk = -1;
   const void* device = nullptr;
-  void* host = nullptr;
+  void* host = nullptr;  // null: the pieces go through the ring to the sink
   std::size_t bytes = 0;
+  std::uint64_t after_updates = 0;  // of the chunk, which read the gradient before this one
   EventHandle after_work = 0;
   Ticket ticket = 0;
 };
 
+// A piece of a gradient for the sink.
 struct UpdateTask {
   std::uint32_t chunk;
   std::size_t offset, bytes;
-  void* piece;
-  EventHandle landed;
+  const void* piece;
+  EventHandle landed;  // of a piece in the ring; 0: it is in the caller's memory
   bool first, last;
+  bool changes_weights;
+  std::uint64_t after_updates = 0;  // of the chunk: a sum must not change while an update reads it
+};
+
+// An update from a gradient in the caller's memory, once it is there: downloaded, or added up.
+struct HostUpdate {
+  std::uint32_t chunk;
+  const char* gradient;
+  std::size_t bytes;
+  Ticket after;
+  std::uint64_t after_sums;
 };
 
 struct Scheduler::Impl {
@@ -112,8 +129,12 @@ struct Scheduler::Impl {
   bool upload_void(const UploadTask& task) const;
   void upload_weights(const UploadTask& task, std::unique_lock<std::mutex>& lock);
   void upload_input(const UploadTask& task, std::unique_lock<std::mutex>& lock);
-  void download_gradient(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
-  void download_input(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
+  void download_in_pieces(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
+  void download_whole(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
+  bool host_update_ready() const;
+  std::size_t most_urgent_piece() const;
+  void consume(const UpdateTask& task, std::unique_lock<std::mutex>& lock);
+  void consume_from_host(const HostUpdate& update, std::unique_lock<std::mutex>& lock);
   std::string of_chunk(std::int32_t chunk) const;
   void fail(const std::string& lane, std::exception_ptr error);
   void stop();
@@ -121,6 +142,9 @@ struct Scheduler::Impl {
   // scheduler.cpp
   void throw_if_failed() const;
   void check_chunk(std::uint32_t chunk) const;
+  void check_gradient(std::uint32_t chunk, std::size_t bytes, bool for_sink) const;
+  Ticket download(DownloadTask task, StreamHandle stream);
+  void expect_update(std::uint32_t chunk);
   void await_slot(const Slot& slot, Hold& hold, std::uint32_t chunk, StreamHandle stream,
                   std::unique_lock<std::mutex>& lock);
   template <class Predicate>
@@ -151,7 +175,8 @@ struct Scheduler::Impl {
 
   std::deque<UploadTask> uploads;
   std::deque<DownloadTask> downloads;
-  std::deque<UpdateTask> updates;
+  std::deque<UpdateTask> updates;  // in the ring
+  std::deque<HostUpdate> host_updates;
   int upload_busy = 0, download_busy = 0, update_busy = 0;
 
   Trace trace;

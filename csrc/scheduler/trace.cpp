@@ -38,8 +38,9 @@ const char* lane_name(Lane lane) {
 }
 
 const char* span_kind_name(SpanKind kind) {
-  static constexpr std::array<const char*, 10> names{"forward",    "backward",    "wait",   "weights", "gradient",
-                                                     "save input", "fetch input", "update", "read",    "write"};
+  static constexpr std::array<const char*, 11> names{"forward",  "backward",   "wait",        "weights",
+                                                     "gradient", "save input", "fetch input", "update",
+                                                     "sum",      "read",       "write"};
   return names[static_cast<std::size_t>(kind)];
 }
 

@@ -5,6 +5,7 @@ from slidecore.loading import load_pretrained
 from slidecore.offloading import (
     Stats,
     assign_parameter,
+    clip_grad_norm_,
     close,
     master_parameter,
     offload,
@@ -24,6 +25,7 @@ __all__ = [
     "Stats",
     "UsageError",
     "assign_parameter",
+    "clip_grad_norm_",
     "close",
     "load_pretrained",
     "master_parameter",

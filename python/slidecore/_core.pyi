@@ -146,11 +146,22 @@ class AdamWSink:
         weight32: int = 0,
     ) -> int:
         """Registers the planes of the next chunk (n elements each) and returns its index."""
-    def prepare(self, chunk: int, segments: Sequence[tuple[int, int, AdamWHyper]]) -> None:
+    def prepare(self, chunk: int, segments: Sequence[tuple[int, int, AdamWHyper]], gradient_float32: bool) -> None:
         """Says how the chunk's next submission is applied: (offset, length, hyper) in elements, ascending.
 
         Elements outside the segments stay as they are.
         """
+    def prepare_sum(
+        self, chunk: int, segments: Sequence[tuple[int, int, bool]], sum: int, gradient_float32: bool
+    ) -> None:
+        """Has the chunk's next submission added to the float32 elements at address `sum`.
+
+        segments: (offset, length, whether what is there is overwritten) in elements, ascending.
+        """
+    def squares(self, chunk: int) -> list[float]:
+        """The sum of squares of each segment after the chunk's last submission to a sum."""
+    def discard(self, chunk: int) -> None:
+        """Drops what was prepared for the chunk and not begun."""
 
 @final
 class Scheduler:
@@ -172,6 +183,12 @@ class Scheduler:
     def acquire(self, chunk: int, phase: int, stream: int) -> int: ...
     def release(self, chunk: int, phase: int, stream: int) -> None: ...
     def submit_gradient(self, chunk: int, gradient: int, nbytes: int, stream: int) -> int: ...
+    def add_gradient(self, chunk: int, gradient: int, nbytes: int, stream: int) -> int:
+        """As submit_gradient(), for a gradient that prepare_sum() was called for."""
+    def save_gradient(self, chunk: int, host: int, gradient: int, nbytes: int, stream: int) -> int:
+        """Downloads the gradient to `host`, once the chunk's updates so far are done."""
+    def update(self, chunk: int, gradient: int, nbytes: int, after: int) -> None:
+        """Updates the chunk from a gradient in host memory, once the ticket `after` (or 0) is done."""
     def save_input(self, chunk: int, host: int, device: int, nbytes: int, stream: int) -> int: ...
     def fetch_input(self, chunk: int, device: int, host: int, nbytes: int, stream: int, after: int = 0) -> int: ...
     def done(self, ticket: int) -> bool: ...

@@ -30,6 +30,7 @@ from slidecore.planner import (
     head_costs,
 )
 from slidecore.saved_inputs import SavedInputs
+from slidecore.updates import DeferredUpdates, OverlapUpdates, Updates
 from slidecore.visit import Record, Use, Visits, leaves_of, swapped
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ logger = logging.getLogger("slidecore")
 
 FORWARD, BACKWARD = _core.Scheduler.FORWARD, _core.Scheduler.BACKWARD
 GRADIENT_BUFFERS = 2
+# The ring that gradients come down in. The update lane idles in a forward once it has used up what the ring holds, and
+# a forward without recomputation is not a long part of a step that updates limit: a larger ring would only cost memory.
+RING_SHARE, LEAST_RING_PIECES = 1 / 8, 8
 
 ScheduledVisit = tuple[int, int, bool, bool]
 engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -59,11 +63,16 @@ def _stray_gradient(name: str) -> Callable[[torch.Tensor], None]:
     return hook
 
 
+def _without_updates(schedule: Sequence[ScheduledVisit]) -> list[ScheduledVisit]:
+    return [(chunk, phase, weights, False) for chunk, phase, weights, _ in schedule]
+
+
 class Engine:
     """Ties a model to its planes and its scheduler.
 
     States of a step: "idle" -> first forward visit with a graph -> "forward" -> first backward visit -> "backward"
-    -> end of the backward pass -> "updated" -> optimizer.step() -> "idle".
+    -> end of the backward pass -> "updated" (overlap updates) -> optimizer.step() -> "idle". With deferred updates the
+    end of a backward pass is "idle" again: another may come before the step.
     """
 
     def __init__(
@@ -81,7 +90,7 @@ class Engine:
         train: bool,
         threads: int,
         piece_bytes: int,
-        ring_pieces: int,
+        ring_pieces: int | None,
     ) -> None:
         self.backend = backend
         self.compute_dtype = compute_dtype
@@ -151,14 +160,17 @@ class Engine:
             windows.append((addresses, numel * item))
         largest_gradient = max((c.trainable_numel for c in self.chunks), default=0) * item
         piece_bytes = max(4096, min(piece_bytes, -(-largest_gradient // 4096) * 4096))
-        self._sink = _core.AdamWSink(self.pool) if train else None
-        if self._sink is not None:
-            self._add_chunks_to_sink(self._sink)
+        if ring_pieces is None:
+            gradients = sum(c.trainable_numel for c in self.chunks) * item
+            ring_pieces = max(LEAST_RING_PIECES, int(gradients * RING_SHARE) // piece_bytes)
+        self.sink = _core.AdamWSink(self.pool) if train else None
+        if self.sink is not None:
+            self._add_chunks_to_sink(self.sink)
         self.scheduler = _core.Scheduler(
             backend.core,
             [(c.name, self.planes.weight.address(c), c.numel * item, window_of[c.kind]) for c in self.chunks],
             windows,
-            self._sink,
+            self.sink,
             piece_bytes=piece_bytes,
             ring_pieces=ring_pieces,
         )
@@ -167,6 +179,9 @@ class Engine:
         self.gradient_buffers = GradientBuffers(backend, GRADIENT_BUFFERS)
         self.visits = Visits(self)
 
+        self.overlap, self.deferred = OverlapUpdates(self), DeferredUpdates(self)
+        self.updates: Updates = self.overlap
+        self._held_back = 0  # depth of no_sync()
         self.optimizer: weakref.ref[AdamW] | None = None
         self._trains = any(chunk.trainable_numel for chunk in self.chunks)
         self.state = "idle"
@@ -176,7 +191,6 @@ class Engine:
         self._sequence: list[ScheduledVisit] = []
         self._last_recomputed: weakref.ref[Record] | None = None
         self._live: weakref.WeakSet[Record | HeadRecord] = weakref.WeakSet()
-        self._hyper: dict[Entry, _core.AdamWHyper] = {}
         self._resident_depth = 0
         self.in_root = False  # a forward that began at a module with blocks is under way
         self._inferred: list[ScheduledVisit] = []  # visits of this forward without gradients
@@ -185,6 +199,7 @@ class Engine:
         self._mode = ""
         self._schedules = {"train": self._first_schedule(), "infer": []}
         self._schedules["infer"] = [v for v in self._schedules["train"] if v[1] == FORWARD]
+        self._schedules["accumulate"] = _without_updates(self._schedules["train"])
         self.detach: list[Callable[[], object]] = []  # undoes what was hooked into the model
         self.closed = False
         engines.add(self)
@@ -324,7 +339,9 @@ class Engine:
             self.scheduler.release(chunk.index, phase, self.backend.stream())
 
     def set_mode(self, mode: str) -> None:
-        """Tells the scheduler which visits come: those of training steps or of forwards alone."""
+        """Tells the scheduler which visits come: of training steps ("train"), of passes that no update follows
+        ("accumulate"), or of forwards alone ("infer").
+        """
         if mode != self._mode:
             self._mode = mode
             self.scheduler.set_schedule(self._schedules[mode])
@@ -340,18 +357,49 @@ class Engine:
                 self.state = "forward"
             if not self._pending:
                 self._reset_pass()
-        self.set_mode("train")
+        self.set_mode(self._training_mode())
+
+    def _training_mode(self) -> str:
+        return "accumulate" if self._held_back else "train"
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside the context only add to the gradients that the step after it uses, as in DDP.
+
+        Raises:
+            UsageError: the optimizer was made with update="overlap".
+        """
+        optimizer = self.current_optimizer()
+        if optimizer is not None and optimizer.update == "overlap":
+            raise UsageError(
+                "no_sync() adds up the gradients of several backward passes, but slidecore.AdamW was made with "
+                "update='overlap', which updates in each; use update='auto' or update='deferred'"
+            )
+        if self._trains:
+            self.deferred.announce_addition()
+        self._held_back += 1
+        try:
+            yield
+        finally:
+            self._held_back -= 1
+
+    def current_optimizer(self) -> AdamW | None:
+        return self.optimizer() if self.optimizer is not None else None
 
     def _recover(self) -> None:
         """Called outside of backward passes: one that has begun and not ended failed."""
         if self.state == "backward":
-            warnings.warn(
-                "the last backward pass did not finish; the blocks that it had reached are updated, the others are "
-                "not, and training goes on from there",
-                stacklevel=4,
-            )
-            self.state = "idle"
-            self._reset_pass()
+            self._give_up_backward()
+
+    def _give_up_backward(self) -> None:
+        if self.updates is self.deferred:
+            what = "its gradients, and those of earlier passes to the same step, are dropped: nothing was updated"
+        else:
+            what = "the blocks that it had reached are updated, the others are not, and training goes on from there"
+        warnings.warn(f"the last backward pass did not finish; {what}", stacklevel=5)
+        self.updates.forget()
+        self.state = "idle"
+        self._reset_pass()
 
     def _reset_pass(self) -> None:
         self._sums.clear()
@@ -410,20 +458,29 @@ class Engine:
             raise UsageError(
                 "backward was called twice without optimizer.step() in between: the first backward has already "
                 "updated the weights. Call optimizer.step() after each backward; for a larger batch give it in one "
-                "call (it runs in micro-batches inside the window)"
+                "call (it runs in micro-batches inside the window), or add up gradients: `with model.no_sync():` "
+                "around all backward passes but the last, or slidecore.AdamW(..., update='deferred')"
             )
         if self.state == "backward":
             return
-        optimizer = self.optimizer() if self.optimizer is not None else None
+        optimizer = self.current_optimizer()
         if optimizer is None and self._trains:
             raise UsageError(
                 "backward on an offloaded model updates its weights, but it has no optimizer; create "
                 "slidecore.AdamW(model.parameters(), ...) before calling backward"
             )
-        self._hyper = optimizer.hyper_parameters() if optimizer is not None else {}
+        self.updates = self.deferred if self.defers(optimizer) else self.overlap
+        self.overlap.begin(optimizer)
         self.state = "backward"
         self._last_recomputed = None
         torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+
+    def defers(self, optimizer: AdamW | None) -> bool:
+        """Whether updates come at the step."""
+        if optimizer is None or optimizer.update == "overlap":
+            return False
+        clips = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
+        return optimizer.update == "deferred" or clips or self.deferred.adds_up
 
     def gradient_of(self, chunk: Chunk) -> GradientSum:
         """The sum that this step's gradient of `chunk` goes to."""
@@ -456,24 +513,10 @@ class Engine:
 
     def _submit(self, chunk: Chunk) -> None:
         gradient = self._sums.pop(chunk, None)
-        if gradient is None or not gradient.contributed or self._sink is None:
+        if gradient is None or not gradient.contributed or self.sink is None:
             return
-        segments = []
-        for entry in sorted(gradient.contributed, key=lambda e: e.offset):
-            hyper = self._hyper.get(entry)
-            if hyper is None:
-                continue  # not in any group of the optimizer
-            entry.step += 1
-            hyper.step = entry.step
-            segments.append((entry.offset, entry.numel, hyper))
-        if not segments:
+        if not self.updates.submit(chunk, gradient) or self._training_mode() == "accumulate":
             return
-        flat = gradient.finish()
-        self._sink.prepare(chunk.index, segments)
-        ticket = self.scheduler.submit_gradient(
-            chunk.index, flat.data_ptr(), flat.numel() * flat.element_size(), self.backend.stream()
-        )
-        self.gradient_buffers.landing(flat, ticket)
         for i in range(len(self._sequence) - 1, -1, -1):
             index, phase, weights, _ = self._sequence[i]
             if index == chunk.index and phase == BACKWARD:
@@ -484,34 +527,45 @@ class Engine:
     def _end_of_backward(self) -> None:
         for chunk in list(self._sums):
             self._submit(chunk)
-        if self._trains:
+        self.updates.end_of_backward()
+        if self._trains and self.updates is self.overlap:
             self.state = "updated"
             self.generation += 1
         else:
-            self.state = "idle"  # gradients went through frozen chunks only: there is nothing to step
+            self.state = "idle"
         sequence = list(self._sequence)
         self._reset_pass()
         resident = [(c.index, FORWARD, True, False) for c in self.chunks if c.kind == "resident"]
         sequence = resident + sequence
-        if sequence != self._schedules["train"]:
-            self._schedules["train"] = sequence
+        mode = self._training_mode()
+        if sequence != self._schedules[mode]:
+            self._schedules[mode] = sequence
             self._schedules["infer"] = [v for v in sequence if v[1] == FORWARD]
             self._mode = ""
-            self.set_mode("train")
+            self.set_mode(mode)
+
+    def forward_order(self) -> list[int]:
+        """Chunks by index, in the order of the forward visits of a step."""
+        return [index for index, phase, _, _ in self._schedules["train"] if phase == FORWARD]
 
     def interrupted(self, use: Use) -> None:
         """A backward visit failed: nothing of this pass is kept, chunks already updated stay so."""
         logger.warning("backward of %s failed; the rest of this step's updates is dropped", use.name)
         self._sums.clear()
 
-    def step(self) -> None:
-        """optimizer.step(): in overlap mode the update has been started by backward."""
+    def step(self, optimizer: AdamW) -> None:
+        """optimizer.step()."""
         self.scheduler.check()
         if self.state == "backward":
-            self._reset_pass()
+            self._give_up_backward()
         self.state = "idle"
+        self.updates.step(optimizer)
 
     # --- what others ask for
+
+    def has_trained(self) -> bool:
+        """Whether any parameter was updated."""
+        return any(entry.step > 0 for _, entry in self.entries.values())
 
     def forget_moments(self) -> None:
         """For an optimizer that takes over from one that is gone: as in torch.optim, a new one starts from nothing."""

@@ -56,7 +56,7 @@ def offload(
     kernels: Kernels = "auto",
     threads: int = 0,
     piece_bytes: int = 16 << 20,
-    ring_pieces: int = 8,
+    ring_pieces: int | Literal["auto"] = "auto",
 ) -> Model:
     """Makes `model` compute on `device` with its weights in host memory, in place; returns the same object.
 
@@ -79,7 +79,8 @@ def offload(
         kernels: "liger" runs the layers of models that Liger-Kernel knows with its kernels, "torch" as they are; "auto"
             takes Liger-Kernel on a card where it is installed.
         threads: of the CPU update; 0 for all usable CPUs less one.
-        piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in.
+        piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in. "auto" makes room
+            for an eighth of the gradients: that much of the update goes on during the next forward.
 
     Raises:
         ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, or `keep` names
@@ -103,8 +104,8 @@ def offload(
             raise ValueError(f"{name}={number!r} must be 'auto' or a whole number of at least {least}")
     if piece_bytes < 1 or (piece_bytes > 4096 and piece_bytes % 4096):
         raise ValueError(f"piece_bytes={piece_bytes} must be a multiple of 4096 (or less, which means 4096)")
-    if ring_pieces < 2:
-        raise ValueError(f"ring_pieces={ring_pieces} must be at least 2")
+    if ring_pieces != "auto" and (not isinstance(ring_pieces, int) or ring_pieces < 2):
+        raise ValueError(f"ring_pieces={ring_pieces!r} must be 'auto' or a whole number of at least 2")
     if threads < 0:
         raise ValueError(f"threads={threads} must be at least 0 (0 for all usable CPUs less one)")
     budget = None if device_memory is None else parse_size(device_memory, "device_memory")
@@ -134,7 +135,7 @@ def offload(
         train=train,
         threads=threads,
         piece_bytes=piece_bytes,
-        ring_pieces=ring_pieces,
+        ring_pieces=None if ring_pieces == "auto" else ring_pieces,
     )
     _move_buffers(model, backend.torch_device)
     engine.wrap()
@@ -191,11 +192,13 @@ def _hook(model: nn.Module, engine: Engine) -> None:
         ]
     parts = list(model.modules())
     model.__dict__["_apply"] = apply
+    model.__dict__["no_sync"] = engine.no_sync
     for part in parts:
         part.__dict__["__reduce_ex__"] = engine.refuse_copy
 
     def restore() -> None:
         model.__dict__.pop("_apply", None)
+        model.__dict__.pop("no_sync", None)
         for part in parts:
             part.__dict__.pop("__reduce_ex__", None)
 
@@ -223,6 +226,33 @@ def synchronize(model: nn.Module) -> None:
         Error: a lane has failed.
     """
     engine_of(model).drain()
+
+
+def clip_grad_norm_(
+    model: nn.Module, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> torch.Tensor:
+    """Clips the norm of all of the model's gradients together, between backward and `optimizer.step()`.
+
+    Needs deferred updates (`slidecore.AdamW(..., update="deferred")`). No gradient is touched: with `norm_type=2` the
+    norms are known, and the factor is applied by the update, in float32.
+
+    Args:
+        model: an offloaded model.
+        max_norm, norm_type, error_if_nonfinite: as of `torch.nn.utils.clip_grad_norm_`.
+
+    Returns:
+        The norm before clipping, a float32 scalar on the CPU.
+
+    Raises:
+        UsageError: `model` is not offloaded, or its gradients were consumed by overlapping updates.
+        RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
+    """
+    engine = engine_of(model)
+    if engine.state == "backward":
+        raise UsageError("clip_grad_norm_ is called after backward(), not inside it")
+    return nn.utils.clip_grad_norm_(
+        [p for p in model.parameters() if p.grad is not None], max_norm, norm_type, error_if_nonfinite
+    )
 
 
 def assign_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -313,4 +343,14 @@ def _close_all() -> None:
         engine.close()
 
 
-__all__ = ["Stats", "assign_parameter", "close", "engine_of", "master_parameter", "offload", "stats", "synchronize"]
+__all__ = [
+    "Stats",
+    "assign_parameter",
+    "clip_grad_norm_",
+    "close",
+    "engine_of",
+    "master_parameter",
+    "offload",
+    "stats",
+    "synchronize",
+]

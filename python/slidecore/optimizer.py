@@ -1,11 +1,10 @@
-"""AdamW whose update runs on the CPU while backward goes on."""
+"""AdamW whose update runs on the CPU while the device computes."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,8 +18,17 @@ class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) for the parameters of offloaded models.
 
     Defaults and arithmetic are those of `torch.optim.AdamW`; master weights and moments are float32 in host memory.
-    `backward()` starts each chunk's update as soon as its gradient has come down, with the groups' settings at that
-    moment; `step()` checks for errors of the update and closes the step. `p.grad` stays None.
+
+    When the update happens:
+
+    - "overlap": `backward()` starts each chunk's update as soon as its gradient has come down, with the groups' options
+      at that moment; `step()` checks for errors and closes the step. One backward to a step; no clipping.
+    - "deferred": gradients collect in host memory (2 bytes a parameter in bfloat16; 4 where several backward passes
+      add up, in float32), and `step()` starts all updates, which overlap the next forward in its order. Allows
+      clipping, accumulation, and looking at gradients (`p.grad`).
+    - "auto": "overlap", unless `max_grad_norm` or `skip_nonfinite` is given or `model.no_sync()` is used.
+
+    `step()` uses gradients up: `p.grad` is None after it.
 
     Args:
         params: parameters, or groups with options of their own, of one offloaded model; frozen ones are ignored.
@@ -29,9 +37,17 @@ class AdamW(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, multiplied by `lr`.
         maximize: ascend instead of descend.
+        update: when the update happens, as above.
+        max_grad_norm: clips the 2-norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` before `step()`.
+        skip_nonfinite: a step whose gradients' norm is infinite or NaN changes nothing, is counted in
+            `skipped_steps`, and a warning is logged.
+
+    Attributes:
+        grad_norm: float32 scalar, the norm before clipping that the last `step()` saw; None if it took none.
+        skipped_steps: how many steps `skip_nonfinite` has skipped.
 
     Raises:
-        ValueError: an option is out of its range.
+        ValueError: an option is out of its range, or asks for what `update` cannot do.
         UsageError: a parameter does not belong to an offloaded model, or parameters of several models are mixed.
     """
 
@@ -44,7 +60,24 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        update: Literal["auto", "overlap", "deferred"] = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
+        if update not in ("auto", "overlap", "deferred"):
+            raise ValueError(f"update={update!r} must be 'auto', 'overlap' or 'deferred'")
+        if max_grad_norm is not None and not float(max_grad_norm) > 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm} must be more than 0, or None for no clipping")
+        if update == "overlap" and (max_grad_norm is not None or skip_nonfinite):
+            raise ValueError(
+                "max_grad_norm and skip_nonfinite need the norm of all gradients before the first update, which "
+                "update='overlap' makes during backward; use update='deferred' or 'auto'"
+            )
+        self.update = update
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.grad_norm: torch.Tensor | None = None
+        self.skipped_steps = 0
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         self._engine: Engine | None = None
         self._entries: dict[int, Entry] = {}
@@ -58,18 +91,26 @@ class AdamW(torch.optim.Optimizer):
             )
         engine.forget_moments()
         engine.optimizer = weakref.ref(self)
+        if engine.defers(self):
+            engine.deferred.allocate()
 
     def _offloaded(self) -> Engine:
         assert self._engine is not None  # torch.optim refuses an empty list of parameters
         return self._engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, at any time: its parameters begin with their first step.
+        """Adds a group; before the first step only.
 
         Raises:
             ValueError: an option is out of its range.
-            UsageError: a parameter does not belong to the offloaded model.
+            UsageError: a parameter does not belong to the offloaded model, or training has begun.
         """
+        if self._engine is not None and self._engine.has_trained():
+            raise UsageError(
+                "a group cannot be added after training began: what is not in a group has no moments in the run's "
+                "checkpoints, and its steps would count from another beginning. Give all groups to slidecore.AdamW, "
+                "with lr=0 for those whose turn comes later"
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -103,6 +144,10 @@ class AdamW(torch.optim.Optimizer):
                 raise UsageError("this model was offloaded with train=False and has no optimizer state")
             self._entries[id(parameter)] = engine.entries[id(parameter)][1]
 
+    def options(self) -> list[object]:
+        """What the groups' options are now, for comparison."""
+        return [tuple(group[key] for key in self.defaults) for group in self.param_groups]
+
     def hyper_parameters(self) -> dict[Entry, _core.AdamWHyper]:
         """The settings of each trainable entry, as the groups say now."""
         hyper: dict[Entry, _core.AdamWHyper] = {}
@@ -123,29 +168,86 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Closes the step that backward has carried out.
+        """Closes the step that backward has carried out (overlap), or starts its updates (deferred).
 
         Args:
             closure: called first, with gradients enabled, as in torch.optim.
 
         Raises:
+            UsageError: the groups' options were changed after an overlapping backward had used them, or a gradient
+                was replaced by another tensor.
             Error: a lane failed since the last call (typed as in `slidecore._core`).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._offloaded().step()
+        self._offloaded().step(self)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """The groups' settings. The moments stay in their planes and are not in it, which a warning says."""
-        warnings.warn(
-            "the state of slidecore.AdamW holds the groups' settings only: moments and step counts are not saved, and "
-            "a run that is resumed from it starts them anew",
-            stacklevel=2,
-        )
-        return super().state_dict()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Does nothing for offloaded parameters: their gradients are consumed by backward."""
+        """Drops the gradients that wait for a step; there are none with overlapping updates."""
+        self._offloaded().updates.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state as of `torch.optim.Optimizer`, once pending updates are done.
+
+        The state of a parameter that has been updated: "step" (float32 scalar), "exp_avg" and "exp_avg_sq", and with
+        bfloat16 weights "residual" (int16), what the float32 master has beyond the weight. These are views of the
+        planes, no copies: save them, or clone them, before the next step.
+        """
+        engine = self._offloaded()
+        engine.drain()
+        packed = super().state_dict()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        state = {}
+        for index, parameter in enumerate(parameters):
+            chunk, entry = engine.entries[id(parameter)]
+            if entry.trainable and entry.step > 0:
+                planes = engine.planes.state_of(chunk, entry)
+                state[index] = {"step": torch.tensor(float(entry.step)), **planes}
+        packed["state"] = state
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over groups and state, of `state_dict()` or of `torch.optim.AdamW`.
+
+        Load the model's weights first: loading them afterwards makes masters equal to the bfloat16 weights.
+
+        Raises:
+            ValueError: groups, shapes or the kind of moments do not fit; nothing is changed then.
+        """
+        engine = self._offloaded()
+        engine.drain()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        state = state_dict["state"]
+        for index, parameter in enumerate(parameters):
+            chunk, entry = engine.entries[id(parameter)]
+            if index in state:
+                if not entry.trainable:
+                    raise ValueError(f"the state has moments of {entry.name}, which is frozen here")
+                _check_state(entry, engine.planes.state_of(chunk, entry), state[index])
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for group in self.param_groups:
+            self._check_group(group)
+        engine.forget_moments()
+        for index, parameter in enumerate(parameters):
+            if index in state:
+                chunk, entry = engine.entries[id(parameter)]
+                entry.step = int(state[index]["step"])
+                for name, plane in engine.planes.state_of(chunk, entry).items():
+                    if name in state[index]:
+                        plane.copy_(state[index][name])
+
+
+def _check_state(entry: Entry, planes: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    for name, plane in planes.items():
+        if name not in state:
+            if name == "residual":
+                continue  # of another optimizer: the master is the weight
+            raise ValueError(f"the state of {entry.name} lacks {name!r}; it has {sorted(state)}")
+        if state[name].shape != plane.shape or (state[name].is_floating_point() != plane.is_floating_point()):
+            raise ValueError(
+                f"{name} of {entry.name} is {tuple(state[name].shape)} of {state[name].dtype}, expected "
+                f"{tuple(plane.shape)} of {plane.dtype}"
+            )

@@ -60,7 +60,7 @@ def state_bytes(chunks: Sequence[Chunk], compute_dtype: torch.dtype, train: bool
     )
 
 
-class _Plane:
+class Plane:
     """One flat plane; `start[i]` is the first element of chunk i, `numels[i]` how many it has."""
 
     def __init__(self, device: _core.Device, numels: Sequence[int], dtype: torch.dtype, pinned: bool) -> None:
@@ -99,19 +99,33 @@ class Planes:
         train: bool,
     ) -> None:
         self.compute_dtype = compute_dtype
+        self.grad: Plane | None = None
+        self._device = device
+        self._trainable = [c.trainable_numel for c in chunks]
         self._pool = pool
         kinds = _kinds(compute_dtype, train)
 
-        def plane(kind: str) -> _Plane:
+        def plane(kind: str) -> Plane:
             numels = _numels(chunks, kind) if kind in kinds else []
-            return _Plane(device, numels, kinds.get(kind, torch.float32), pinned=kind == "weight")
+            return Plane(device, numels, kinds.get(kind, torch.float32), pinned=kind == "weight")
 
         self.weight = plane("weight")
         self.residual = plane("residual")
         self.exp_avg = plane("exp_avg")
         self.exp_avg_sq = plane("exp_avg_sq")
-        self._all: dict[str, _Plane] = {kind: getattr(self, kind) for kind in kinds}
-        self.nbytes = sum(len(p.buffer) for p in self._all.values())
+        self._all: dict[str, Plane] = {kind: getattr(self, kind) for kind in kinds}
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes of all planes."""
+        planes = [*self._all.values(), *([self.grad] if self.grad is not None else [])]
+        return sum(len(p.buffer) for p in planes)
+
+    def gradients(self, dtype: torch.dtype) -> Plane:
+        """The `grad` plane of deferred updates, in `dtype`; its first use allocates it, another dtype replaces it."""
+        if self.grad is None or self.grad.flat.dtype != dtype:
+            self.grad = Plane(self._device, self._trainable, dtype, pinned=True)
+        return self.grad
 
     def of(self, chunk: Chunk) -> dict[str, torch.Tensor]:
         """The chunk's part of every plane that it has, by the plane's name, in a fixed order.
@@ -122,6 +136,10 @@ class Planes:
         Pending updates write to these views: `drain()` the engine first.
         """
         return {name: plane.of(chunk) for name, plane in self._all.items() if plane.numels[chunk.index]}
+
+    def state_of(self, chunk: Chunk, entry: Entry) -> dict[str, torch.Tensor]:
+        """The entry's part of every plane but `weight`, in its shape; views."""
+        return {name: plane.view(chunk, entry) for name, plane in self._all.items() if name != "weight"}
 
     def write(self, chunk: Chunk, entry: Entry, value: torch.Tensor) -> None:
         """Sets the master value of `entry` from `value` (any float dtype; float32 exactly), which it must match.

@@ -26,6 +26,7 @@ from _models import (
     weights,
     worst,
 )
+from slidecore.errors import UsageError
 from torch import nn
 
 STEPS = 20
@@ -206,23 +207,22 @@ def test_parameters_that_no_group_names_stay(offload: Offload) -> None:
         assert torch.equal(parameter, before[name]) == ("up" not in name and "leave" not in name)
 
 
-@pytest.mark.parametrize("micro_batch", ["auto", 2])
-def test_groups_added_while_training(offload: Offload, micro_batch: Any) -> None:
-    """Last layers first: the others join later, each with moments and bias correction of its own."""
+def test_a_group_is_added_before_training_and_refused_after(offload: Offload) -> None:
     plain = Stack().train()
-    model = offload(clone(plain), micro_batch=micro_batch)
-    optimizers = [
-        kind([*m.norm.parameters(), *m.leave.parameters()], lr=1e-2)
-        for kind, m in ((slidecore.AdamW, model), (torch.optim.AdamW, plain))
-    ]
-    for i, batches in enumerate([feature_batches(3, seed=s) for s in range(4)]):
-        mine = train_offloaded(model, batches, optimizer=lambda _: optimizers[0])
-        theirs = train_plain(plain, batches, optimizer=lambda _: optimizers[1])
-        assert_losses_agree(mine, theirs)
-        for m, optimizer in ((model, optimizers[0]), (plain, optimizers[1])):
-            m.zero_grad()  # plain PyTorch has summed the gradients of parameters in no group
-            optimizer.add_param_group({"params": list(m.blocks[4 - i].parameters()), "lr": 3e-3})
+    model = offload(clone(plain))
+    optimizers = []
+    for kind, m in ((slidecore.AdamW, model), (torch.optim.AdamW, plain)):
+        optimizer = kind([*m.norm.parameters(), *m.leave.parameters()], lr=1e-2)
+        optimizer.add_param_group({"params": list(m.blocks[1].parameters()), "lr": 3e-3, "weight_decay": 0.5})
+        optimizers.append(optimizer)
+    batches = feature_batches(5)
+    mine = train_offloaded(model, batches, optimizer=lambda _: optimizers[0])
+    theirs = train_plain(plain, batches, optimizer=lambda _: optimizers[1])
+    assert_losses_agree(mine, theirs)
     assert worst(distance(weights(model), weights(plain)))[0] < 1e-5
+    with pytest.raises(UsageError, match="after training began"):
+        optimizers[0].add_param_group({"params": list(model.blocks[0].parameters())})
+    assert len(optimizers[0].param_groups) == 2
 
 
 class Experts(nn.Module):

@@ -12,8 +12,9 @@
 namespace slidecore {
 
 // Chunks are numbered as in the Scheduler it serves: by the order of add_chunk(). Each submission of a chunk's
-// gradient consumes one prepared table, in the order of prepare(), so the table of step t+1 may be prepared while
-// step t is still being consumed. add_chunk(), prepare() and discard() may be called while the update lane is at work.
+// gradient consumes one prepared table, in the order of prepare() and prepare_sum(), so the table of step t+1 may be
+// prepared while step t is still being consumed. add_chunk(), the prepare functions, squares() and discard() may be
+// called while the update lane is at work.
 class AdamWSink final : public GradientSink {
  public:
   // Elements [offset, offset + length) of the chunk are updated with `hyper`.
@@ -34,6 +35,24 @@ class AdamWSink final : public GradientSink {
   // Says how the chunk's next submission is applied. Segments ascend and do not overlap; elements outside them
   // stay as they are. Throws Error(invalid_argument) otherwise, and changes nothing then.
   void prepare(std::uint32_t chunk, const std::vector<Segment>& segments);
+
+  // As prepare(), for a gradient of another type than the chunk's.
+  void prepare(std::uint32_t chunk, const std::vector<Segment>& segments, GradientType type);
+
+  // Elements [offset, offset + length) of the chunk's gradient are added to a sum.
+  struct SumSegment {
+    std::size_t offset = 0;
+    std::size_t length = 0;
+    bool first = false;  // they are the sum: what is there is overwritten
+  };
+
+  // The chunk's next submission is added, in float32, to `sum`, which holds the chunk's elements from the first one on
+  // and must outlive the submission. Refuses segments as prepare() does.
+  void prepare_sum(std::uint32_t chunk, const std::vector<SumSegment>& segments, float* sum, GradientType type);
+
+  // The sum of squares of each segment after the chunk's last submission to a sum, in double: the same for every
+  // instruction set, thread count and division into pieces of whole blocks. Throws Error(state) if there was none.
+  std::vector<double> squares(std::uint32_t chunk);
 
   // Drops what was prepared for the chunk and not begun (a step that was given up).
   void discard(std::uint32_t chunk);

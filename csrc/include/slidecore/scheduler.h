@@ -9,6 +9,8 @@
 //
 // In backward, submit_gradient() hands over a device buffer that the visit's work on `stream` fills; its pieces
 // go down through a pinned ring to the GradientSink, which updates the host plane the weights are uploaded from.
+// Updates that come later than their backward keep gradients in host memory: save_gradient() puts one there as it is,
+// add_gradient() lets the sink add it to a sum, and update() gives the sink what is there.
 //
 // Hazards, each an explicit dependency:
 //   upload into a slot      waits for the last visit's work in that slot          (event, on the upload stream)
@@ -16,6 +18,9 @@
 //   a visit                 waits for its upload                                  (event, on the compute stream)
 //   download of a gradient  waits for the visit's work                            (event, on the download stream)
 //   an update               waits for uploads that still read the chunk's plane   (update lane)
+//   an update from the host waits for its gradient's transfer, or for the chunk's sums (update lane)
+//   a sum                   waits for the chunk's updates, which may still read the one before it (update lane)
+//   a saved gradient        waits for the chunk's updates, which may still read the one before it (download lane)
 //   a download's piece      waits for a free piece of the ring                    (download lane: backpressure)
 // Updates depend on downloads, downloads on compute and on earlier updates, compute on uploads, uploads on
 // earlier updates and visits: the order is that of the calls, so there is no cycle.
@@ -56,7 +61,8 @@ struct WindowSpec {
   std::size_t slot_bytes;
 };
 
-// Consumes gradients on the update lane. Calls for one submission come in order: begin, consume..., end.
+// Consumes gradients on the update lane. Calls for one submission come in order: begin, consume..., end; between them
+// may come calls for other chunks, whose weights are needed sooner.
 class GradientSink {
  public:
   virtual ~GradientSink() = default;
@@ -67,6 +73,7 @@ class GradientSink {
 
 struct SchedulerOptions {
   std::size_t piece_bytes = std::size_t{16} << 20;  // 4 to 32 MiB suit; a multiple of 4096
+  // At least 2. More let updates fall behind: they go on in the next forward, in the order of need.
   std::size_t ring_pieces = 8;
   std::size_t trace_spans = std::size_t{1} << 16;
 };
@@ -98,6 +105,17 @@ class Scheduler {
   // untouched until the ticket is done. The chunk's slot copies are stale from now on.
   Ticket submit_gradient(std::uint32_t chunk, const void* gradient, std::size_t bytes, StreamHandle stream);
 
+  // As submit_gradient(), for a gradient that the sink only adds to a sum: the weights stay as they are.
+  Ticket add_gradient(std::uint32_t chunk, const void* gradient, std::size_t bytes, StreamHandle stream);
+
+  // The gradient goes to `host` as it is, on the download lane; the sink sees nothing of it.
+  Ticket save_gradient(std::uint32_t chunk, void* host, const void* gradient, std::size_t bytes, StreamHandle stream);
+
+  // The sink consumes a gradient in host memory on the update lane, in pieces, once `after` is done (0: at once) and
+  // the chunk's gradients that were handed to add_gradient() have been added. `gradient` must stay untouched until the
+  // update is (wait_updates()). The chunk's slot copies are stale from now on.
+  void update(std::uint32_t chunk, const void* gradient, std::size_t bytes, Ticket after);
+
   // Saved inputs: device -> host on the download lane, host -> device on the upload lane, each after the work
   // enqueued on `stream` so far (and `after`, if not 0).
   Ticket save_input(std::int32_t chunk, void* host, const void* device, std::size_t bytes, StreamHandle stream);
@@ -110,7 +128,7 @@ class Scheduler {
 
   // The chunk's host plane was changed by the caller (after synchronize()): slot copies are stale.
   void invalidate(std::uint32_t chunk);
-  void wait_updates();  // until every submitted gradient has been consumed
+  void wait_updates();  // until every submitted gradient has been consumed, and every update() is done
   void synchronize();   // until every lane is idle
   void check();         // throws the stored error of a lane, if any
 

@@ -23,6 +23,7 @@ enum class SpanKind : std::uint8_t {
   input_out,
   input_in,
   update,
+  sum,
   read,
   write
 };

@@ -109,6 +109,36 @@ void adamw(const Scalars& scalars, const Planes& planes, const void* gradient_pl
   loop<Split>(scalars, gradient, weight, residual, weight32, exp_avg, exp_avg_sq, n);
 }
 
+// As many running sums as an AVX-512 loop wants, added up in one order at the end: lane width cannot change a bit.
+constexpr std::size_t running_sums = 32;
+
+template <bool First, typename Gradient>
+double accumulate(float* __restrict sum, const Gradient* __restrict gradient, std::size_t n) {
+  double squares[running_sums] = {};
+  std::size_t i = 0;
+  for (; i + running_sums <= n; i += running_sums) {
+    for (std::size_t j = 0; j < running_sums; ++j) {
+      const float total = First ? load(gradient[i + j]) : sum[i + j] + load(gradient[i + j]);
+      sum[i + j] = total;
+      squares[j] += static_cast<double>(total) * static_cast<double>(total);
+    }
+  }
+  for (std::size_t j = 0; i < n; ++i, ++j) {
+    const float total = First ? load(gradient[i]) : sum[i] + load(gradient[i]);
+    sum[i] = total;
+    squares[j] += static_cast<double>(total) * static_cast<double>(total);
+  }
+  double all = 0;
+  for (const double part : squares) all += part;
+  return all;
+}
+
+template <typename Gradient>
+double accumulate(float* sum, const void* gradient, std::size_t n, bool first) {
+  const Gradient* values = static_cast<const Gradient*>(gradient);
+  return first ? accumulate<true>(sum, values, n) : accumulate<false>(sum, values, n);
+}
+
 void split(const float* __restrict master, std::uint16_t* __restrict weight, std::int16_t* __restrict residual,
            std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) {
@@ -134,6 +164,8 @@ const Table table = {
     adamw<true, float>,
     adamw<false, std::uint16_t>,
     adamw<false, float>,
+    accumulate<std::uint16_t>,
+    accumulate<float>,
     split,
     merge,
 };

@@ -30,12 +30,17 @@ struct Scalars {
 
 using AdamW = void (*)(const Scalars&, const Planes&, const void* gradient, std::size_t n);
 
+// sum = gradient (first) or sum += gradient; returns the sum of the results' squares, in a fixed order.
+using Accumulate = double (*)(float* sum, const void* gradient, std::size_t n, bool first);
+
 struct Table {
   const char* name;
   AdamW split_bfloat16;  // weight + residual planes, bf16 gradient
   AdamW split_float32;   // weight + residual planes, fp32 gradient
   AdamW whole_bfloat16;  // weight32 plane
   AdamW whole_float32;
+  Accumulate accumulate_bfloat16;
+  Accumulate accumulate_float32;
   void (*split)(const float* master, std::uint16_t* weight, std::int16_t* residual, std::size_t n);
   void (*merge)(const std::uint16_t* weight, const std::int16_t* residual, float* master, std::size_t n);
 };
