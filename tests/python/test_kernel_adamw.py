@@ -266,6 +266,26 @@ def test_8_bit_moments(
         codes = {name: expected[name] for name in codes}
 
 
+@pytest.mark.parametrize("gradient", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("whole", [False, True], ids=["split", "float32"])
+def test_8_bit_equals_the_cpu(whole: bool, gradient: torch.dtype) -> None:
+    state, codes, pool = State(9, gradient, whole, False), random_codes(9), _core.ThreadPool(1)
+    segments = segments_of(HYPERS)
+    expected = {**state.planes(), **{name: plane.clone() for name, plane in codes.items()}}
+    for offset, numel, hyper in segments:
+        begins = {name: offset // 128 if name.endswith("scale") else offset for name in expected}
+        address = {name: plane[begins[name] :].data_ptr() for name, plane in expected.items()}
+        if whole:
+            address["weight32"] = address.pop("weight")
+        _core.adamw(
+            pool, hyper, n=numel, gradient=state.gradient[offset:].data_ptr(),
+            gradient_float32=gradient == torch.float32, **address,
+        )  # fmt: skip
+    mine: dict[str, Any] = {name: plane.to(DEVICE) for name, plane in {**state.planes(), **codes}.items()}
+    adamw(segments, gradient=state.gradient.to(DEVICE), **{"residual": None, **mine})
+    assert_same_bits(mine, expected)
+
+
 def test_8_bit_moments_are_close() -> None:
     """Against float32 moments over many steps: a check of the format, not of its bits."""
     n, generator = 512, torch.Generator().manual_seed(0)
