@@ -54,7 +54,7 @@ from slidecore.triton._moments import (
 CANDIDATES = tuple(
     tuning.Config(block, steps, warps)
     for block, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8))
-    for steps in (1, 2, 4)
+    for steps in (1, 2)
 )
 DEFAULT = tuning.Config(1024, 2, 8)
 DEFAULT_QUANTISED = tuning.Config(1024, 2, 4)
