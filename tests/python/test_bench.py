@@ -102,12 +102,15 @@ def test_adamw() -> None:
     document = run("adamw.py", "--quick", "--parameters", "300000", "--repeats", "2", "--isa", "all")
     sets = document["core"]["instruction_sets"]
     assert sets
-    for name in sets:
+    for name, bytes_moved in [(f"{name}{kind}", n) for name in sets for kind, n in (("", 26), (" 8bit", 14))]:
         result = document["results"][f"slidecore {name}"]
-        assert result["bytes"] == 26 * 300000
+        assert result["bytes"] == bytes_moved * 300000
         assert result["gb_per_s"] == pytest.approx(result["bytes"] / result["seconds"]["median"] / 1e9)
         assert result["relative_error"] < 1e-6
         assert document["ratios"][f"slidecore {name}"]["gb_per_s over memcpy"] > 0
+        if name.endswith("8bit"):
+            faster = document["ratios"][f"slidecore {name}"][f"parameters_per_s over slidecore {name[:-5]}"]
+            assert faster > 0
     assert document["results"]["torch fused"]["bytes"] == 28 * 300000
     deepspeed = document["results"]["deepspeed CPUAdam"]
     assert "skipped" in deepspeed or deepspeed["gb_per_s"] > 0

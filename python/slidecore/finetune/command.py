@@ -98,6 +98,13 @@ def finetune(
     compute_dtype: Annotated[
         str, typer.Option(help='"auto", "bfloat16" or "float32".', rich_help_panel=_ENGINE)
     ] = "auto",
+    moments: Annotated[
+        str,
+        typer.Option(
+            help='The optimizer\'s moments: "float32", or "8bit" for 6 bytes of host memory a parameter less.',
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "float32",
     window: Annotated[int, typer.Option(help="Slots of the window.", rich_help_panel=_ENGINE)] = 2,
     micro_batch: Annotated[
         str, typer.Option(help='Sequences that a chunk computes at once, or "auto".', rich_help_panel=_ENGINE)
@@ -139,6 +146,7 @@ def finetune(
         device=device,
         device_memory=device_memory,
         compute_dtype=compute_dtype,
+        moments=moments,
         window=window,
         micro_batch=int(micro_batch) if micro_batch.isdecimal() else micro_batch,
         trace_step=trace_step,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from slidecore.errors import InputError
+from slidecore.planes import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Options:
         device_memory: budget such as "20GiB", or bytes; None: what the device has.
         compute_dtype: "auto", "bfloat16" or "float32". "auto" is bfloat16 on a card, and on the host backend the one
             that this CPU multiplies faster.
+        moments: what the optimizer's moments are kept in, "float32" or "8bit".
         window: number of slots.
         micro_batch: sequences that a chunk computes at once, or "auto".
         seed: of data order and dropout.
@@ -60,6 +62,7 @@ class Options:
     device: str = "auto"
     device_memory: str | int | None = None
     compute_dtype: str = "auto"
+    moments: str = "float32"
     window: int = 2
     micro_batch: int | str = "auto"
     seed: int = 0
@@ -96,6 +99,7 @@ class Options:
                 self.compute_dtype,
                 "auto, bfloat16 or float32 (float16 has too small a range to train in)",
             ),
+            (self.moments in get_args(Moments), "--moments", self.moments, " or ".join(get_args(Moments))),
             (
                 micro_batch == "auto" or (isinstance(micro_batch, int) and micro_batch >= 1),
                 "--micro-batch",
@@ -125,6 +129,7 @@ class Options:
         return {
             "device": self.device,
             "device_memory": self.device_memory,
+            "moments": self.moments,
             "window": self.window,
             "micro_batch": self.micro_batch,
         }

@@ -108,6 +108,17 @@ def test_bfloat16_keeps_the_dtype_in_what_is_written(options: Options) -> None:
     assert not (options.out / output.TRACE).exists()
 
 
+def test_moments_in_8_bits_take_less_memory_and_learn_alike(options: Options) -> None:
+    wide = loop.run(options)
+    wide_losses = [entry["loss"] for entry in _lines(options.out)]
+    narrow = loop.run(dataclasses.replace(options, moments="8bit", overwrite=True))
+    # 12 bytes a parameter of float32 become 6.0625; small chunks are padded to pages.
+    assert wide.planes_bytes - narrow.planes_bytes > 5 * narrow.parameters
+    losses = [entry["loss"] for entry in _lines(options.out)]
+    assert losses != wide_losses
+    assert losses == pytest.approx(wide_losses, abs=0.05)
+
+
 def test_figures_of_an_earlier_run_do_not_stay(options: Options) -> None:
     loop.run(options)
     loop.run(dataclasses.replace(options, overwrite=True, trace_step=0))
