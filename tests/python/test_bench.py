@@ -145,3 +145,18 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "eager" in row["systems"]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
     assert picture.stat().st_size > 1000
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    require_engine()
+    require_transformers()
+    document = run("checkpoint.py", "--quick", "--device", "cpu", "--dir", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert document["save"]["bytes"] > 12 * document["parameters"]
+    for part in (document["save"], document["load"], document["disk"]["write"], document["disk"]["read"]):
+        assert part["gb_per_s"] == pytest.approx(part["bytes"] / part["seconds"]["median"] / 1e9)
+    assert document["over_disk"]["save"] == pytest.approx(
+        document["save"]["gb_per_s"] / document["disk"]["write"]["gb_per_s"]
+    )
+    assert document["checksum_gb_per_s"][document["checksum"]] > 0
+    assert document["file_system"]["type"]

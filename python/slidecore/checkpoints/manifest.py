@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slidecore.checkpoints.files import PIECE, FileRecord, read_file
+from slidecore.checkpoints.files import PIECE, FileRecord, preferred_checksum, read_file
 from slidecore.errors import CheckpointError
 
 MANIFEST = "slidecore_checkpoint.json"
@@ -64,7 +64,7 @@ class Manifest:
 def encode_manifest(body: dict[str, Any], files: dict[str, FileRecord]) -> bytes:
     """The manifest's bytes."""
     listed = {name: {"bytes": record.nbytes, "pieces": list(record.pieces)} for name, record in sorted(files.items())}
-    content = {**body, "piece_bytes": PIECE, "checksum": "blake2b-128", "files": listed}
+    content = {**body, "piece_bytes": PIECE, "checksum": preferred_checksum(), "files": listed}
     return json.dumps({"digest": _digest(content), "checkpoint": content}, indent=1).encode()
 
 
@@ -95,7 +95,10 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is a checkpoint of format {content.get('format')}, and this version of slidecore reads "
             f"format {FORMAT}; load it with the version that saved it ({content.get('slidecore')})"
         )
-    files = {name: FileRecord(f["bytes"], tuple(f["pieces"])) for name, f in content.pop("files").items()}
+    files = {
+        name: FileRecord(f["bytes"], tuple(f["pieces"]), content["checksum"])
+        for name, f in content.pop("files").items()
+    }
     return Manifest(directory, content, files)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +180,31 @@ def test_without_verification_damage_is_found_late_and_said_so(saved: Path, offl
         same_run(offload).load(saved, verify=False)
 
 
+def test_checksums_of_either_kind_are_read(offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xxhash")
+    from slidecore.checkpoints import manifest
+
+    run = Run(Stack(), offload)
+    run.save(tmp_path / "fast")
+    assert json.loads((tmp_path / "fast" / MANIFEST).read_text())["checkpoint"]["checksum"] == "xxh3-128"
+    for module in (files, manifest):
+        monkeypatch.setattr(module, "preferred_checksum", lambda: "blake2b-128")
+    run.save(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / MANIFEST).read_text())["checkpoint"]["checksum"] == "blake2b-128"
+    for name in ("fast", "plain"):
+        run.load(tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 128
+        file.write_bytes(content)
+        refuse(run, tmp_path / name, r"model\.safetensors is damaged")
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    files.checksum.cache_clear()
+    with pytest.raises(CheckpointError, match="pip install xxhash"):
+        run.load(tmp_path / "fast")
+    files.checksum.cache_clear()
+
+
 # --- finding, replacing, keeping
 
 
@@ -301,6 +327,6 @@ def test_pieces_and_parts_of_any_size(nbytes: int, tmp_path: Path, monkeypatch: 
     read_file(tmp_path / "file", record, reversed(parts))
     assert torch.equal(filled, expected)
     if nbytes > 2000:
-        broken = FileRecord(nbytes, (*record.pieces[:2], "00" * 16, *record.pieces[3:]))
+        broken = FileRecord(nbytes, (*record.pieces[:2], "00" * 16, *record.pieces[3:]), record.checksum)
         with pytest.raises(CheckpointError, match="bytes 2000 to 3000"):
             read_file(tmp_path / "file", broken)
