@@ -51,12 +51,13 @@ from slidecore.triton._moments import (
     square_root,
 )
 
-CANDIDATES = tuple(
-    tuning.Config(block, steps, warps)
-    for block, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8))
-    for steps in (1, 2)
+CANDIDATES = tuple(tuning.Config(block, 1, warps) for block, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8)))
+DEFAULT = tuning.Config(1024, 1, 8)
+# Eight elements a thread are an int16 load of 16 bytes, and share what each group of 128 costs.
+CANDIDATES_QUANTISED = tuple(
+    tuning.Config(*launch)
+    for launch in ((512, 2, 4), (512, 4, 4), (1024, 1, 4), (1024, 2, 4), (1024, 4, 4), (512, 4, 2), (256, 4, 1))
 )
-DEFAULT = tuning.Config(1024, 2, 8)
 DEFAULT_QUANTISED = tuning.Config(1024, 2, 4)
 
 _SCALARS = tl.constexpr(16)  # float32 a segment: eleven in use, the rest keeps rows aligned
@@ -246,7 +247,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     eps = tl.load(s + 7)
     minus_step_size = tl.load(s + 8)
     if count == BLOCK * STEPS:
-        for step in tl.static_range(STEPS):
+        for step in range(STEPS):
             _block(
                 weight, residual, gradient, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale,
                 begin + step * BLOCK, BLOCK, gradient_factor, decay, lerp_factor, from_gradient, beta2, one_minus_beta2,

@@ -98,7 +98,7 @@ def cases(parameters: int, device: torch.device) -> Iterator[Case]:
     yield Case(
         "adamw, 8-bit moments", "adamw 8-bit", 14 * used + 16 * sum(-(-length // 128) for _, length in segments),
         "reads gradient 2, weight 2, residual 2, codes 2; writes weight 2, residual 2, codes 2; scales 16 for 128",
-        _adamw.CANDIDATES, _adamw.DEFAULT_QUANTISED,
+        _adamw.CANDIDATES_QUANTISED, _adamw.DEFAULT_QUANTISED,
         lambda c: _adamw.adamw(whole, weight=weight, residual=residual, gradient=gradient, config=c, **codes),
     )  # fmt: skip
     codes.clear()
