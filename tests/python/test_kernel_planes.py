@@ -232,10 +232,26 @@ def test_compiled() -> None:
     assert torch.allclose(compiled(master), round_trip(master), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("reference_path")
+def test_stored_choice_is_compiled(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile meets the file of choices on a card only; here the CPU plays one."""
+    monkeypatch.setenv("SLIDECORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_stored", {})
+    tuning.store("double", 5, torch.device("cpu"), tuning.Config(512, 4, 8))
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        found = tuning._found("double", len(x), str(x.device))
+        missing = tuning._found("triple", len(x), str(x.device))
+        return x * tuning.Config(*found).elements if found is not None and missing is None else x
+
+    x = torch.randn(5)
+    assert torch.equal(torch.compile(function, backend="aot_eager", fullgraph=True)(x), x * 2048)
+
+
 def test_choices_are_stored(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIDECORE_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "_stored", {})
-    card, default, choice = torch.device("cuda", 0), tuning.Config(1024), tuning.Config(512, 4, 8)
+    card, default, choice = torch.device("cuda:0"), tuning.Config(1024), tuning.Config(512, 4, 8)
     monkeypatch.setattr(tuning, "card", lambda device: "a card")
     assert tuning.lookup("adamw", 1000, card, default) == default
     tuning.store("adamw", 1000, card, choice)

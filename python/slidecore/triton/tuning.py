@@ -81,11 +81,19 @@ def _choices() -> dict[str, dict[str, Config]]:
     return _stored[file]
 
 
+@torch.compiler.assume_constant_result
+def _found(operation: str, size: int, device: str) -> tuple[int, int, int] | None:
+    """Reads the environment and a file, which torch.compile cannot trace: it takes the result as it is."""
+    config = _choices().get(card(torch.device(device)), {}).get(key(operation, size))
+    return None if config is None else (config.block, config.steps, config.warps)
+
+
 def lookup(operation: str, size: int, device: torch.device, default: Config) -> Config:
     """The stored choice for the card of `device`, or `default`. Never measures."""
     if device.type != "cuda":
         return default
-    return _choices().get(card(device), {}).get(key(operation, size), default)
+    found = _found(operation, size, str(device))
+    return default if found is None else Config(*found)
 
 
 def store(operation: str, size: int, device: torch.device, config: Config) -> None:
