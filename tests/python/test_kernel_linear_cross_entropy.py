@@ -38,7 +38,7 @@ TILES: dict[str, dict[str, Any]] = {
     "tiles, narrow sums": {"tile": 16, "accumulate": None},
     "pieces": {"tile": 64, "piece": 50},
     "tiles and pieces": {"tile": 16, "piece": 50},
-    "own choice": {},
+    "own choice": {"prefer": "speed"},
 }
 
 
@@ -112,7 +112,7 @@ def check(dtype: torch.dtype, options: dict[str, Any], tiles: dict[str, Any], fa
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [*((torch.float32, options) for options in OPTIONS), (torch.bfloat16, "plain"), (torch.bfloat16, "all")],
+    [(torch.float32, "plain"), (torch.float32, "softcap"), (torch.float32, "all"), (torch.bfloat16, "smoothing")],
     ids=str,
 )
 def test_loss_and_gradients(dtype: torch.dtype, options: str, tiles: str) -> None:
@@ -296,11 +296,17 @@ def test_narrowed_in_place(n: int) -> None:
     assert narrow.data_ptr() == address
 
 
-def test_choice_of_tiles() -> None:
-    assert choose_tile(65536, 4096, 128256, torch.float32) == 2048
-    assert choose_tile(100, 4096, 128256, torch.float32) == 100
-    assert choose_tile(16384, 4096, 128256, None) == 512
-    assert choose_tile(1, 8, 128256, None) == 1
+@pytest.mark.parametrize(
+    ("tokens", "accumulate", "memory", "speed"),
+    [
+        (4096, None, 192, 2048), (16384, None, 512, 2048), (65536, None, 1536, 8192), (100, None, 100, 100),
+        (4096, torch.float32, 1024, 4096), (16384, torch.float32, 1024, 4096), (65536, torch.float32, 2560, 16384),
+    ],
+)  # fmt: skip
+def test_choice_of_tiles(tokens: int, accumulate: torch.dtype | None, memory: int, speed: int) -> None:
+    assert choose_tile(tokens, 4096, 128256, accumulate) == memory
+    assert choose_tile(tokens, 4096, 128256, accumulate, "speed") == speed
+    assert choose_tile(1, 8, 128256, accumulate) == choose_tile(1, 8, 1, accumulate, "speed") == 1
 
 
 def test_refuses() -> None:
@@ -310,6 +316,7 @@ def test_refuses() -> None:
         ({"softcap": 0.0}, "softcap=0.0 must be positive"),
         ({"z_loss": -1.0}, "z_loss=-1.0"),
         ({"weights": torch.ones(3)}, "3 weights for 45 tokens"),
+        ({"prefer": "both"}, "prefer='both' must be"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(hidden, weight, labels, **change)  # type: ignore[arg-type]

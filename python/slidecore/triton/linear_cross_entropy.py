@@ -14,9 +14,10 @@ piece, twice (`linear_cross_entropy_of_pieces`). A piece's gradient is then one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import triton
 
 from slidecore.triton.cross_entropy import (
     LossOptions,
@@ -27,6 +28,8 @@ from slidecore.triton.cross_entropy import (
 )
 from slidecore.triton.scale import scale_
 
+Prefer = Literal["memory", "speed"]
+
 
 class LinearCrossEntropy(NamedTuple):
     """`loss`: float32 scalar. `log_probabilities`: float32 (tokens,), of the labels, 0 where ignored; no gradient."""
@@ -35,15 +38,25 @@ class LinearCrossEntropy(NamedTuple):
     log_probabilities: torch.Tensor
 
 
-def choose_tile(tokens: int, hidden: int, vocabulary: int, accumulate: torch.dtype | None) -> int:
-    """Tokens of a tile: as many logits as there are hidden states, so that they never cost more than what is there.
+def choose_tile(
+    tokens: int, hidden: int, vocabulary: int, accumulate: torch.dtype | None, prefer: Prefer = "memory"
+) -> int:
+    """Tokens of a tile.
 
-    No fewer than keep matrix products busy: every tile reads and writes the whole gradient of the weight, in float32
-    twice the bytes.
+    Every tile reads and writes the whole sum of the weight's gradient, in float32 twice the bytes, so small tiles cost
+    time and large ones their logits' memory. "memory" gives logits about as many bytes as the hidden states have, but
+    no tile so small that products wait for that sum, and none larger than what still gains time. "speed" takes few
+    tiles, an eighth of the tokens (a quarter with float32 sums) each; of 4096 tokens and fewer, float32 sums make one
+    tile and so no sum.
     """
-    least = 1024 if accumulate == torch.float32 else 256
-    share = tokens * hidden // max(1, vocabulary)
-    return max(1, min(tokens, max(least, share // 256 * 256)))
+    wide = accumulate == torch.float32
+    if prefer == "speed":
+        tile = max(4096, tokens // 4) if wide else max(2048, tokens // 8)
+    else:
+        pieces = -(-vocabulary // hidden)
+        share = triton.next_power_of_2(max(1, -(-tokens // pieces)))
+        tile = max(1024, share * 5 // 4) if wide else min(1536, max(192, share))
+    return max(1, min(tokens, tile // 64 * 64))
 
 
 def _logits_buffer(tile: int, vocabulary: int, like: torch.Tensor) -> torch.Tensor:
@@ -327,6 +340,7 @@ def linear_cross_entropy(
     num_items: torch.Tensor | int | None = None,
     weights: torch.Tensor | None = None,
     accumulate: torch.dtype | None = torch.float32,
+    prefer: Prefer = "memory",
     tile: int | None = None,
     piece: int | None = None,
 ) -> LinearCrossEntropy:
@@ -344,7 +358,9 @@ def linear_cross_entropy(
         weights: float32 of the labels' shape that each token's loss is multiplied by; not differentiated.
         accumulate: dtype that the weight's gradient is summed in over tiles of tokens. float32 takes 4 bytes per weight
             until backward is over; None sums in the weight's own dtype, which rounds at each tile.
-        tile: tokens whose logits exist at once; None for a choice by size.
+        prefer: what `choose_tile` makes the tile for: little "memory", at a time near that of larger tiles, or "speed",
+            at a small part of the memory that whole logits take.
+        tile: tokens whose logits exist at once; None for the choice by size and `prefer`.
         piece: rows of the vocabulary at once; None for all. Fewer cost a fourth matrix product and save memory: the
             logits of a tile, and the float32 sum of the weight's gradient, are then of a piece.
 
@@ -362,6 +378,8 @@ def linear_cross_entropy(
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: one floating-point dtype is needed")
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).to(device=hidden.device, dtype=torch.int64)
+    if prefer not in ("memory", "speed"):
+        raise ValueError(f'prefer={prefer!r} must be "memory" or "speed"')
     if num_items is None:
         divisor = (ids != ignore_index).sum().to(torch.float32)
     else:
@@ -372,7 +390,8 @@ def linear_cross_entropy(
             raise ValueError(f"{weights.numel()} weights for {ids.numel()} tokens")
     accumulate = accumulate or weight.dtype
     if tile is None:
-        tile = choose_tile(len(flat), flat.shape[1], len(weight), accumulate if weight.dtype != accumulate else None)
+        sums = accumulate if weight.dtype != accumulate else None
+        tile = choose_tile(len(flat), flat.shape[1], len(weight), sums, prefer)
     grad = torch.is_grad_enabled()
     loss, log_probabilities, _, _ = torch.ops.slidecore.linear_cross_entropy(
         flat.contiguous(), weight.contiguous(), ids.contiguous(), divisor, weights, options.ignore_index,
