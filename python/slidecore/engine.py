@@ -413,7 +413,7 @@ class Engine:
         self.scheduler.check()
         self.activations.position = 0
         self._inferred = []
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not self.train:
             self.set_mode("infer")
             return
         for chunk, entry in self.entries.values():

@@ -118,6 +118,25 @@ def test_beside_a_model_that_is_trained_itself(offload: Offload, options: dict[s
     assert worst(distance(weights(model), weights(plain)))[0] < 1e-5
 
 
+def test_clipping_counts_both(offload: Offload) -> None:
+    plain = Stack(depth=3).train()
+    model = offload(copy.deepcopy(plain), keep=["leave", "blocks.1.up"])
+    kept = [*model.leave.parameters(), *model.blocks[1].up.parameters()]
+    ours = [p for p in model.parameters() if all(p is not k for k in kept)]
+    optimizers = slidecore.AdamW(ours, lr=1e-2, update="deferred"), torch.optim.AdamW(kept, lr=1e-2)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for batch in feature_batches(5):
+        for m in (model, plain):
+            (loss_of(m, batch) * 10).backward()
+        mine = slidecore.clip_grad_norm_(model, 0.3)
+        assert mine.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.3).item(), rel=1e-5)
+        for optimizer in (*optimizers, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    slidecore.synchronize(model)
+    assert worst(distance(weights(model), weights(plain)))[0] < 1e-5
+
+
 @pytest.mark.parametrize("keep", [["lm_head"], ["model.layers.1", "model.norm.weight"], "modules"], ids=str)
 def test_parts_of_a_language_model(offload: Offload, keep: Any) -> None:
     plain = language_model("llama").train().requires_grad_(False)
