@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import warnings
 import weakref
@@ -16,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from slidecore import _core
+from slidecore import _core, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
 from slidecore.kept import kept_bytes
 from slidecore.partition import Chunk, Entry, partition
-from slidecore.planes import Planes, lay_out
+from slidecore.planes import Moments, Planes, lay_out
 from slidecore.planner import (
     check_device_budget,
     device_needs,
@@ -81,6 +80,7 @@ class Engine:
         backend: Backend,
         *,
         compute_dtype: torch.dtype,
+        moments: Moments,
         device_memory: int | None,
         window: int,
         micro_batch: int | None,
@@ -114,7 +114,7 @@ class Engine:
                 # The rest is for what other libraries allocate, and for the allocator's rounding.
                 device_memory = int(available * 0.88)
         self.device_memory = device_memory
-        fused = not backend.is_host and importlib.util.find_spec("triton") is not None
+        fused = not backend.is_host and kernels.INSTALLED
         head = head_costs(self.chunks, compute_dtype, fused)
         if device_memory is not None:
             self.needs = replace(self.needs, head_tile=head.tile_bytes(head.smallest))
@@ -130,7 +130,7 @@ class Engine:
         self.window = window
 
         self.pool = _core.ThreadPool(threads)
-        self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train)
+        self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train, moments)
         for _, parameter in kept.values():
             parameter.data = parameter.data.to(backend.torch_device)
         backend.hold(self._kept_bytes)
@@ -238,8 +238,7 @@ class Engine:
             sink.add_chunk(
                 n=chunk.trainable_numel,
                 gradient_float32=not split,
-                exp_avg=planes.exp_avg.address(chunk),
-                exp_avg_sq=planes.exp_avg_sq.address(chunk),
+                **{name: plane.address(chunk) for name, plane in planes.moments.items()},
                 weight=weight if split else 0,
                 residual=planes.residual.address(chunk) if split else 0,
                 weight32=0 if split else weight,
@@ -573,8 +572,7 @@ class Engine:
             if entry.step > 0:
                 self.scheduler.synchronize()
                 entry.step = 0
-                for plane in (self.planes.exp_avg, self.planes.exp_avg_sq):
-                    plane.view(chunk, entry).zero_()
+                self.planes.clear_moments(chunk, entry)
 
     def drain(self) -> None:
         """Waits until planes and lanes are at rest; errors of lanes are raised."""

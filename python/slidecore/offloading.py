@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from slidecore.integrations import huggingface, liger
 from slidecore.integrations.liger import Kernels
 from slidecore.kept import Keep, choose
 from slidecore.partition import Chunk, Entry
+from slidecore.planes import Moments
 from slidecore.sizes import parse_size
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,6 +47,7 @@ def offload(
     *,
     device: str | torch.device = "auto",
     compute_dtype: torch.dtype | None = None,
+    moments: Moments = "float32",
     device_memory: int | float | str | None = None,
     window: int = 2,
     micro_batch: int | Literal["auto"] = "auto",
@@ -66,6 +68,9 @@ def offload(
         device: "auto" (a card if PyTorch sees one, else the host backend), "cuda", "cuda:1", or "cpu" (host backend).
         compute_dtype: torch.bfloat16 or torch.float32; None takes float32 on the host backend for a float32 model and
             bfloat16 otherwise.
+        moments: what the optimizer's moments are kept in: "float32" (8 bytes a parameter), or "8bit" (2.0625 bytes; the
+            update moves 14 bytes a parameter instead of 26). 8-bit moments are rounded at every step; docs/numerics.md
+            has the format, docs/moments.md its loss curves beside those of float32.
         device_memory: bytes (or "20GiB") of device memory to stay within; None takes what the card has free.
         window: slots of the window that blocks slide through; 2 overlaps copies with compute.
         micro_batch: samples a visit computes at once; "auto" takes what the budget allows.
@@ -118,6 +123,8 @@ def offload(
         raise ValueError(_NO_FLOAT16)
     if compute_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"compute_dtype={compute_dtype} is not supported; use torch.bfloat16 or torch.float32")
+    if moments not in get_args(Moments):
+        raise ValueError(f"moments={moments!r} must be one of {', '.join(map(repr, get_args(Moments)))}")
     if kernels not in ("auto", "liger", "torch"):
         raise ValueError(f"kernels={kernels!r} must be 'auto', 'liger' or 'torch'")
     kept = choose(model, keep)
@@ -126,6 +133,7 @@ def offload(
         model,
         backend,
         compute_dtype=compute_dtype,
+        moments=moments,
         device_memory=budget,
         window=window,
         micro_batch=None if micro_batch == "auto" else micro_batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import slidecore
@@ -186,9 +187,12 @@ def test_layout() -> None:
     assert chunks[3].trainable_numel == 0
 
 
+@pytest.mark.parametrize(("moments", "bytes_of_moments"), [("float32", 8), ("8bit", 2)])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_planes_take_what_the_layout_says(offload: Callable[..., nn.Module], dtype: torch.dtype, train: bool) -> None:
+def test_planes_take_what_the_layout_says(
+    offload: Callable[..., nn.Module], dtype: torch.dtype, train: bool, moments: Any, bytes_of_moments: int
+) -> None:
     model = Stack(depth=3)
     model.blocks[1].requires_grad_(False)
     chunks = partition(model)
@@ -197,10 +201,10 @@ def test_planes_take_what_the_layout_says(offload: Callable[..., nn.Module], dty
             for entry in chunk.entries:
                 entry.trainable = False
     lay_out(chunks)
-    expected = state_bytes(chunks, dtype, train)
-    offload(model, compute_dtype=dtype, train=train)
+    expected = state_bytes(chunks, dtype, train, moments)
+    offload(model, compute_dtype=dtype, train=train, moments=moments)
     assert slidecore.stats(model).planes_bytes == expected
     # Per parameter: bf16 weight + residual and both moments, or as many bytes of float32.
     if train:
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert expected > parameters * 12
+        assert expected > parameters * (4 + bytes_of_moments)

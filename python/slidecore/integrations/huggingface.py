@@ -5,9 +5,11 @@ Nothing here goes by a model's name: it looks at the methods that `transformers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +59,20 @@ def _attach(model: nn.Module, engine: Engine) -> None:
     if use is not None:
         _defer_logits(model, engine, use)
     engine.detach += [handle.remove for handle in handles]
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would fight with the caller's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _without_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
