@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,6 +248,34 @@ def test_states_hold_both(offload: Offload) -> None:
         assert torch.allclose(model(feature_batches(1)[0]["x"]), adapted()(feature_batches(1)[0]["x"]), atol=1e-6)
     slidecore.close(model)
     assert torch.allclose(model(feature_batches(1)[0]["x"]), adapted()(feature_batches(1)[0]["x"]), atol=1e-6)
+
+
+def test_checkpoints_hold_both(offload: Offload, tmp_path: Path) -> None:
+    """With the state of the optimizer of what is kept as the caller's own; the run goes on bit by bit."""
+
+    def start() -> tuple[nn.Module, Any, Any]:
+        model = offload(Stack(depth=3).train(), keep=["leave", "blocks.1.up"])
+        kept = [*model.leave.parameters(), *model.blocks[1].up.parameters()]
+        ours = [p for p in model.parameters() if all(p is not k for k in kept)]
+        return model, slidecore.AdamW(ours, lr=1e-2), torch.optim.AdamW(kept, lr=1e-2)
+
+    batches = feature_batches(6)
+    model, first, second = start()
+    train(model, batches[:3], first, second)
+    slidecore.save_checkpoint(model, first, tmp_path / "run", extra=second.state_dict())
+    expected = train(model, batches[3:], first, second)
+    slidecore.synchronize(model)
+    again, first, second = start()
+    with torch.no_grad():
+        again.leave.weight.zero_()
+    second.load_state_dict(slidecore.load_checkpoint(again, first, tmp_path / "run"))
+    assert train(again, batches[3:], first, second) == expected
+    slidecore.synchronize(again)
+    for name, value in weights(model).items():
+        assert torch.equal(again.get_parameter(name), value), name
+    other = offload(Stack(depth=3))
+    with pytest.raises(slidecore.CheckpointError, match="of another model; it has no parameter"):
+        slidecore.load_checkpoint(other, slidecore.AdamW(other.parameters()), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from slidecore.checkpoints.checks import check_at_rest, check_usable
 from slidecore.checkpoints.chunks import describe_entries, describe_planes, planes_of
 from slidecore.checkpoints.files import Stop, bytes_of, choose_threads, read_file, run_all
 from slidecore.checkpoints.manifest import BUFFERS, MANIFEST, STATE, Manifest, read_manifest
-from slidecore.checkpoints.weights import persistent_buffers
+from slidecore.checkpoints.weights import tensors_beside_planes
 from slidecore.errors import CheckpointError
 from slidecore.offloading import engine_of
 
@@ -70,7 +70,7 @@ def load_checkpoint(
     manifest = read_manifest(Path(directory))
     manifest.check_sizes()
     _check_model(manifest, engine)
-    buffers = persistent_buffers(model)
+    buffers = tensors_beside_planes(model, engine)
     _check_buffers(manifest, buffers)
     state = read_state(manifest)
     training_state.check_fits(state, engine, optimizer, scheduler, model)
@@ -193,6 +193,6 @@ def _check_buffers(manifest: Manifest, buffers: dict[str, torch.Tensor]) -> None
     for name in [*mine, *saved]:
         if saved.get(name) != mine.get(name):
             raise CheckpointError(
-                f"{manifest.directory / MANIFEST}: buffer {name!r} is {saved.get(name, 'not there')} in the checkpoint "
-                f"and {mine.get(name, 'not there')} in the model"
+                f"{manifest.directory / MANIFEST}: buffer or kept parameter {name!r} is "
+                f"{saved.get(name, 'not there')} in the checkpoint and {mine.get(name, 'not there')} in the model"
             )

@@ -39,7 +39,7 @@ from slidecore.checkpoints.files import (
 from slidecore.checkpoints.layout import FileLayout
 from slidecore.checkpoints.manifest import BUFFERS, FORMAT, MANIFEST, STATE, encode_manifest, planes_file
 from slidecore.checkpoints.side_files import write_side_files
-from slidecore.checkpoints.weights import INDEX, WeightFiles, persistent_buffers, plan_weight_files
+from slidecore.checkpoints.weights import INDEX, WeightFiles, plan_weight_files, tensors_beside_planes
 from slidecore.errors import CheckpointError
 from slidecore.offloading import engine_of
 from slidecore.sizes import parse_size
@@ -70,7 +70,8 @@ def save_checkpoint(
     `directory` then holds the weights as safetensors files (with the configuration of a model of transformers, so that
     `from_pretrained` reads it), and in `training/` residuals, moments, step counts, the optimizer's options, the
     scheduler, and the states of PyTorch's, NumPy's and Python's random generators. Weights are those that the model
-    computes with; masters are weights and residuals together.
+    computes with; masters are weights and residuals together. Kept parameters are saved; the state of the optimizer
+    that trains them is the caller's (`extra=`).
 
     Pending updates are waited for. Files are written from the planes' own memory, several at a time; beside them a few
     MB are needed (one chunk for models whose weights have another form in files than in memory). The directory appears
@@ -184,7 +185,8 @@ def _plan_training_state(
         if layout is not None:
             name, tensors = planes_file(chunk.index), planes_of(engine, chunk)
             writes[name] = layout.nbytes, partial(_write_tensors, name=name, layout=layout, tensors=tensors, stop=stop)
-    buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in persistent_buffers(model).items()}
+    beside = tensors_beside_planes(model, engine)
+    buffers = {name: tensor.detach().cpu().contiguous() for name, tensor in beside.items()}
     layout = layout_of(buffers)
     writes[BUFFERS] = (
         layout.nbytes,

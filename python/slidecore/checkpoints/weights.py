@@ -116,15 +116,17 @@ def is_transformers_model(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that belong to the model's state, by their first name."""
+def tensors_beside_planes(model: nn.Module, engine: Engine) -> dict[str, torch.Tensor]:
+    """Persistent buffers and kept parameters: what of the model's state is in no plane, by their first name."""
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                found[f"{prefix}.{name}" if prefix else name] = buffer
+        own = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        own |= {n: p for n, p in module._parameters.items() if id(p) not in engine.entries}
+        for name, tensor in own.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{prefix}.{name}" if prefix else name] = tensor
     return found
 
 
@@ -143,8 +145,8 @@ def plan_weight_files(model: nn.Module, engine: Engine, shard_bytes: int) -> Wei
     planes = engine.planes.weight
     of_chunk = {c: {names[e]: planes.view(c, e) for e in c.entries} for c in engine.chunks}
     entry_of = {name: entry for entry, name in names.items()}
-    buffers = persistent_buffers(model)
-    groups: list[tuple[Chunk | None, dict[str, torch.Tensor]]] = [*of_chunk.items(), (None, buffers)]
+    others = tensors_beside_planes(model, engine)
+    groups: list[tuple[Chunk | None, dict[str, torch.Tensor]]] = [*of_chunk.items(), (None, others)]
 
     revert = _reverting(model, [sources for _, sources in groups])
     files = WeightFiles([])

@@ -107,7 +107,7 @@ def with_buffer(model: nn.Module) -> nn.Module:
         (lambda: Stack(depth=4), {}, "another model; it has a parameter 'blocks.4"),
         (lambda: Stack(inner=30), {}, r"blocks\.0\.up\.weight has shape \[29, 13\] in the checkpoint and \[30, 13\]"),
         (lambda: frozen(Stack()), {}, "was trained in the run that was saved"),
-        (lambda: with_buffer(Stack()), {}, "buffer 'more' is not there in the checkpoint"),
+        (lambda: with_buffer(Stack()), {}, "buffer or kept parameter 'more' is not there in the checkpoint"),
         (Stack, {"compute_dtype": torch.float32}, "saved with compute_dtype=bfloat16.*offloaded with float32"),
         (Stack, {"blocks": ["blocks.1", "blocks.2", "blocks.3"]}, "divided into other chunks"),
         (Stack, {"schedule": None}, "holds the state of a StepLR; give it as scheduler="),
