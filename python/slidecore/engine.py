@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import warnings
 import weakref
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from slidecore import _core
+from slidecore import _core, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
 from slidecore.errors import UsageError
@@ -115,7 +114,7 @@ class Engine:
                 # The rest is for what other libraries allocate, and for the allocator's rounding.
                 device_memory = int(available * 0.88)
         self.device_memory = device_memory
-        fused = not backend.is_host and importlib.util.find_spec("triton") is not None
+        fused = not backend.is_host and kernels.INSTALLED
         head = head_costs(self.chunks, compute_dtype, fused)
         if device_memory is not None:
             self.needs = replace(self.needs, head_tile=head.tile_bytes(head.smallest))

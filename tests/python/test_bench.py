@@ -128,6 +128,25 @@ def test_overlap_on_the_host_backend() -> None:
         assert all(lane["rate"] > 0 for lane in entry["lanes"].values())
 
 
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_engine()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the references: the program is tested here, kernels are elsewhere
+    pytest.importorskip("triton", reason="bench/kernels.py needs triton")
+    picture = tmp_path / "kernels.png"
+    document = run("kernels.py", "--quick", "--device", "cpu", "--picture", str(picture))
+    for name, size in (("adamw", 26), ("split", 8), ("merge", 8), ("accumulate", 10), ("accumulate, last", 8)):
+        result = document["streaming"][name]
+        assert result["bytes"] == pytest.approx(size * document["parameters"], rel=0.2)
+        assert result["gb_per_s"] == pytest.approx(result["bytes"] / result["seconds"]["median"] / 1e9)
+        assert result["of_copy"] > 0
+        assert result["times_faster_than"]
+    for row in document["linear_cross_entropy"]:
+        losses = [system["loss"] for system in row["systems"].values()]
+        assert "eager" in row["systems"]
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
+    assert picture.stat().st_size > 1000
+
+
 def test_checkpoint(tmp_path: Path) -> None:
     require_engine()
     require_transformers()
