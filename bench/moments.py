@@ -18,7 +18,7 @@ from typing import Any
 
 from _machine import core_facts, emit, log, machine
 
-QUICK = {"steps": 6, "batch_size": 2, "seeds": "0"}
+QUICK = {"steps": 6, "batch_size": 2, "seeds": "0", "glob": "json/*.py"}
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {"moments": "float32"},
     "8bit": {"moments": "8bit"},
@@ -104,6 +104,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of 128 tokens")
     parser.add_argument("--seeds", default="0,1", help="of weights and data order, each with all runs")
     parser.add_argument("--betas", default="0.9,0.95", help="AdamW's decay rates")
+    parser.add_argument("--glob", default="*.py", help="files of Python's standard library to learn")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--plot", type=Path, help="picture to write (PNG)")
     parser.add_argument("--out", help="also write the JSON to this file")
@@ -139,6 +140,7 @@ def main() -> int:
             demo.make_model(model, hidden=size.hidden, layers=size.layers, seed=seed)
             options = replace(
                 demo.training(model, Path(scratch) / "trained", size, dtype, arguments.steps, arguments.device),
+                glob=arguments.glob,
                 batch_size=arguments.batch_size,
                 betas=(beta1, beta2),
                 seed=seed,
