@@ -56,7 +56,8 @@ class Directories {
 };
 
 // Runs a hook before each call (and after each result of io_uring). The hook gets the call's name and the result that
-// it may put in the call's place: where it changes that from kPass, the call is not made. It is set while nothing runs.
+// it may put in the call's place: where it changes that from kPass, the call is not made. What a hook refers to must
+// outlive the calls that may still be in it.
 class HookedCalls final : public io::SystemCalls {
  public:
   static constexpr long kPass = 1L << 60;
@@ -68,7 +69,11 @@ class HookedCalls final : public io::SystemCalls {
   };
   using Hook = std::function<long(const Call&)>;
 
-  void set(Hook hook) { hook_ = std::move(hook); }
+  void set(Hook hook) {
+    auto next = std::make_shared<const Hook>(std::move(hook));
+    const std::lock_guard lock(mutex_);
+    hook_ = std::move(next);
+  }
 
   int open(const char* path, int flags, unsigned mode) override {
     return made({"open"}, [&] { return SystemCalls::open(path, flags, mode); });
@@ -119,14 +124,22 @@ class HookedCalls final : public io::SystemCalls {
   }
 
  private:
-  long ask(const Call& call) { return hook_ ? hook_(call) : kPass; }
+  long ask(const Call& call) {
+    std::shared_ptr<const Hook> hook;
+    {
+      const std::lock_guard lock(mutex_);
+      hook = hook_;
+    }
+    return hook != nullptr && *hook ? (*hook)(call) : kPass;
+  }
   template <class Make>
   int made(const Call& call, const Make& make) {
     const long answer = ask(call);
     return answer == kPass ? make() : static_cast<int>(answer);
   }
 
-  Hook hook_;
+  std::mutex mutex_;
+  std::shared_ptr<const Hook> hook_;
 };
 
 inline bool is(const HookedCalls::Call& call, const char* name) {
