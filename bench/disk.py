@@ -2,7 +2,7 @@
 """How fast slidecore's transfers move bytes to and from drives, against fio on the same drives in the same run.
 
 Sequential reads, writes, and both at once, for each backend, block size and queue depth. Rounds of slidecore and of
-the peer alternate, so that what else the drive is doing meets both.
+the peer take turns, each round beginning with the next, so that what else the drive is doing meets both.
 """
 
 from __future__ import annotations
@@ -41,13 +41,18 @@ def measure(
     for mode in MODES:
         mine: dict[str, list[Rate]] = {backend: [] for backend in backends}
         theirs: list[Rate] = []
-        for _ in range(repeats):
-            for backend in backends:
-                transfers = _core.Transfers(storage, backend=backend, block_bytes=block, queue_depth=depth)
-                mine[backend].append(work.run(transfers, mode))
+        programs = [*backends, "peer"] if peer is not None and mode in peer.modes else list(backends)
+        for round_number in range(repeats):
+            # Each program follows each other one equally often: a drive's cache is left full or empty by the last.
+            first = round_number % len(programs)
+            for program in programs[first:] + programs[:first]:
+                if program == "peer":
+                    assert peer is not None
+                    theirs.append(peer.run(mode, block, depth))
+                    continue
+                transfers = _core.Transfers(storage, backend=program, block_bytes=block, queue_depth=depth)
+                mine[program].append(work.run(transfers, mode))
                 transfers.close()
-            if peer is not None and mode in peer.modes:
-                theirs.append(peer.run(mode, block, depth))
         for backend in backends:
             point: dict[str, Any] = {"backend": backend, "mode": mode, "block_bytes": block, "queue_depth": depth}
             point.update(figures(mine[backend]))
