@@ -17,7 +17,8 @@ from slidecore.partition import Entry
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) for the parameters of offloaded models.
 
-    Defaults and arithmetic are those of `torch.optim.AdamW`; master weights and moments are float32 in host memory.
+    Defaults and arithmetic are those of `torch.optim.AdamW`; master weights and moments are float32 in host memory
+    (moments in 8 bits where `slidecore.offload(..., moments="8bit")` says so).
 
     When the update happens:
 
@@ -146,7 +147,8 @@ class AdamW(torch.optim.Optimizer):
 
     def options(self) -> list[object]:
         """What the groups' options are now, for comparison."""
-        return [tuple(group[key] for key in self.defaults) for group in self.param_groups]
+        # load_state_dict of torch adds to `defaults` what groups need not have.
+        return [tuple(group.get(key) for key in self.defaults) for group in self.param_groups]
 
     def hyper_parameters(self) -> dict[Entry, _core.AdamWHyper]:
         """The settings of each trainable entry, as the groups say now."""
@@ -193,8 +195,9 @@ class AdamW(torch.optim.Optimizer):
         """Groups and state as of `torch.optim.Optimizer`, once pending updates are done.
 
         The state of a parameter that has been updated: "step" (float32 scalar), "exp_avg" and "exp_avg_sq", and with
-        bfloat16 weights "residual" (int16), what the float32 master has beyond the weight. These are views of the
-        planes, no copies: save them, or clone them, before the next step.
+        bfloat16 weights "residual" (int16), what the float32 master has beyond the weight. 8-bit moments are their
+        codes (int8, uint8), with "exp_avg_scale" and "exp_avg_sq_scale". These are views of the planes, no copies: save
+        them, or clone them, before the next step.
         """
         engine = self._offloaded()
         engine.drain()
