@@ -192,3 +192,23 @@ def test_fits() -> None:
             "float32": pytest.approx(12, 1e-3),
             "8bit": pytest.approx(6.0625, 1e-3),
         }
+
+
+@pytest.mark.parametrize("peer", ["auto", "none"])
+def test_disk(tmp_path: Path, peer: str) -> None:
+    require_engine()
+    from slidecore import _core
+
+    document = run("disk.py", "--quick", "--size", "4MiB", "--peer", peer, str(tmp_path))
+    backends = {"threads"} if _core.why_no_io_uring() else {"uring", "threads"}
+    assert {(point["backend"], point["mode"]) for point in document["results"]} == {
+        (backend, mode) for backend in backends for mode in ("read", "write", "both")
+    }
+    for point in document["results"]:
+        assert point["bytes"] == 4 << 20
+        assert point["gb_per_s"]["min"] <= point["gb_per_s"]["median"] <= point["gb_per_s"]["max"]
+        if "peer" in point:
+            assert point["over_peer"] == point["gb_per_s"]["median"] / point["peer"]["gb_per_s"]["median"]
+    assert document["counts"] != _core.inspect_directory(str(tmp_path)).in_memory
+    assert ("peer" in document) != ("peer" in document["skipped"])
+    assert list(tmp_path.iterdir()) == []
