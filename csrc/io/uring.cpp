@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <chrono>
 #include <fstream>
 #include <memory>
+#include <thread>
 
 #include "io/errors.h"
 #include "slidecore/status.h"
@@ -16,6 +18,8 @@ namespace slidecore::io {
 namespace {
 
 static_assert(std::endian::native == std::endian::little, "fields of 16 bits in words of 32 are taken as they lie");
+
+constexpr int kAttempts = 30;
 
 std::string why(int code) {
   switch (-code) {
@@ -77,10 +81,16 @@ int Uring::set_up(unsigned entries) {
                              {abi::kCoopTaskrun, "COOP_TASKRUN"},
                              {0, "plain"}};
   for (const Mode& mode : kModes) {
-    params_ = abi::Params{};
-    params_.flags = mode.flags;
     features_ = mode.name;
-    fd_ = calls_.uring_setup(entries, &params_);
+    // A ring's memory counts against the user's lock limit until the kernel gets round to freeing it, a while after the
+    // ring was closed: a limit that is low may be met by a ring that is gone in a moment.
+    for (int attempt = 0;; ++attempt) {
+      params_ = abi::Params{};
+      params_.flags = mode.flags;
+      fd_ = calls_.uring_setup(entries, &params_);
+      if (fd_ != -ENOMEM || attempt == kAttempts) break;
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
     if (fd_ != -EINVAL) break;  // EINVAL: an older kernel does not know the flags
   }
   return fd_;
