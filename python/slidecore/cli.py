@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
     0: done. 1: stopped on the way. 2: something given cannot be used, and nothing was started. 130: interrupted.
+    143: ended by SIGTERM.
 
     Args:
         argv: arguments without the program's name; None: those of the process.
@@ -44,6 +45,8 @@ def _app() -> typer.Typer:
         raise MissingDependencyError(
             "the command line needs typer, which is not installed", f"Run: {_EXTRA}"
         ) from error
+    from slidecore.calibrate import calibrate
+    from slidecore.doctor import doctor
     from slidecore.finetune.command import finetune
 
     app = typer.Typer(
@@ -69,6 +72,8 @@ def _app() -> typer.Typer:
         pass
 
     app.command(name="finetune")(finetune)
+    app.command(name="doctor")(doctor)
+    app.command(name="calibrate")(calibrate)
     return app
 
 

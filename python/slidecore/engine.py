@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
 import logging
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
-from slidecore import _core
+from slidecore import _core, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
+from slidecore.kept import kept_bytes
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Moments, Planes, lay_out
 from slidecore.planner import (
@@ -85,6 +86,7 @@ class Engine:
         micro_batch: int | None,
         keep_graphs: int | None,
         blocks: Sequence[str | nn.Module] | None,
+        kept: Mapping[int, tuple[str, nn.Parameter]],
         train: bool,
         threads: int,
         piece_bytes: int,
@@ -93,15 +95,17 @@ class Engine:
         self.backend = backend
         self.compute_dtype = compute_dtype
         self.train = train
-        self.chunks = partition(model, blocks)
+        self.chunks = partition(model, blocks, kept)
         if not train:
             for chunk in self.chunks:
                 for entry in chunk.entries:
                     entry.trainable = False
         lay_out(self.chunks)
-        self.needs = device_needs(self.chunks, compute_dtype, window, train, GRADIENT_BUFFERS)
+        self._kept_bytes, trained_bytes = kept_bytes(kept.values())
+        kept_needs = self._kept_bytes + (trained_bytes if train else 0)
+        self.needs = device_needs(self.chunks, compute_dtype, window, train, GRADIENT_BUFFERS, kept_needs)
         if device_memory is not None:
-            smallest = device_needs(self.chunks, compute_dtype, 2, train, GRADIENT_BUFFERS)
+            smallest = device_needs(self.chunks, compute_dtype, 2, train, GRADIENT_BUFFERS, kept_needs)
             check_device_budget(self.needs, device_memory, window, smallest)
         else:
             available = backend.available_memory()
@@ -110,7 +114,7 @@ class Engine:
                 # The rest is for what other libraries allocate, and for the allocator's rounding.
                 device_memory = int(available * 0.88)
         self.device_memory = device_memory
-        fused = not backend.is_host and importlib.util.find_spec("triton") is not None
+        fused = not backend.is_host and kernels.INSTALLED
         head = head_costs(self.chunks, compute_dtype, fused)
         if device_memory is not None:
             self.needs = replace(self.needs, head_tile=head.tile_bytes(head.smallest))
@@ -119,7 +123,7 @@ class Engine:
             budget=device_memory,
             needs=self.needs,
             head=head,
-            blocks=sum(c.kind == "block" for c in self.chunks),
+            blocks=[c for c in self.chunks if c.kind == "block"],
             micro_batch=micro_batch,
             keep_graphs=keep_graphs,
         )
@@ -127,6 +131,9 @@ class Engine:
 
         self.pool = _core.ThreadPool(threads)
         self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train, moments)
+        for _, parameter in kept.values():
+            parameter.data = parameter.data.to(backend.torch_device)
+        backend.hold(self._kept_bytes)
         self.entries: dict[int, tuple[Chunk, Entry]] = {}
         self._stray_hooks: list[Any] = []
         self._fill_planes()
@@ -185,6 +192,9 @@ class Engine:
         self._last_recomputed: weakref.ref[Record] | None = None
         self._live: weakref.WeakSet[Record | HeadRecord] = weakref.WeakSet()
         self._resident_depth = 0
+        self.in_root = False  # a forward that began at a module with blocks is under way
+        self._inferred: list[ScheduledVisit] = []  # visits of this forward without gradients
+        self._own_forwards: dict[nn.Module, Any] = {}  # what modules had in their __dict__ before
         self.uses: list[Use] = []
         self._mode = ""
         self._schedules = {"train": self._first_schedule(), "infer": []}
@@ -245,16 +255,23 @@ class Engine:
         for chunk in self.chunks:
             for name, module in chunk.uses:
                 if chunk.kind == "resident":
-                    module.forward = self._scoped(chunk, module.forward)  # type: ignore[method-assign]
+                    self.replace_forward(module, self._scoped(chunk, module.forward))
                     continue
                 use = Use(name, module, chunk, module.forward)
                 self.uses.append(use)
-                module.forward = self._visiting(use)  # type: ignore[method-assign]
+                self.replace_forward(module, self._visiting(use))
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Until `unwrap`."""
+        self._own_forwards.setdefault(module, module.__dict__.get("forward"))
+        module.forward = forward  # type: ignore[method-assign]
 
     def unwrap(self) -> None:
-        for chunk in self.chunks:
-            for _, module in chunk.uses:
+        for module, forward in self._own_forwards.items():
+            if forward is None:
                 module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.refuse_copy()
@@ -267,6 +284,7 @@ class Engine:
         )
 
     def _visiting(self, use: Use) -> Callable[..., Any]:
+        @functools.wraps(use.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self.visits.call(use, args, kwargs)
 
@@ -275,6 +293,7 @@ class Engine:
     def _scoped(self, chunk: Chunk, inner: Callable[..., Any]) -> Callable[..., Any]:
         """Modules around the blocks run with the parameters that they hold themselves on the device."""
 
+        @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._resident_depth:
                 return inner(*args, **kwargs)
@@ -310,6 +329,8 @@ class Engine:
     def holding(self, chunk: Chunk, *, backward: bool) -> Iterator[torch.Tensor]:
         """The slot that holds the chunk's weights, for work enqueued on the current stream inside the context."""
         phase = BACKWARD if backward else FORWARD
+        if self.in_root and self._mode == "infer":
+            self._inferred.append((chunk.index, phase, True, False))
         address = self.scheduler.acquire(chunk.index, phase, self.backend.stream())
         try:
             yield self._slots[address]
@@ -387,9 +408,10 @@ class Engine:
         self.activations.position = 0
 
     def begin_root_forward(self) -> None:
-        """Called when the offloaded model itself is called."""
+        """Called when the offloaded model, or a part of it that holds blocks, is called."""
         self.scheduler.check()
         self.activations.position = 0
+        self._inferred = []
         if not torch.is_grad_enabled():
             self.set_mode("infer")
             return
@@ -403,6 +425,12 @@ class Engine:
         if self.state == "forward" and not self._live:
             # The graphs of earlier forwards were dropped without a backward.
             self._reset_pass()
+
+    def end_root_forward(self) -> None:
+        """Called after a forward: the next one without gradients is expected to make the visits that this one made."""
+        if self._mode == "infer" and self._inferred and self._inferred != self._schedules["infer"]:
+            self._schedules["infer"] = self._inferred
+            self.scheduler.set_schedule(self._inferred)
 
     def forward_visited(self, record: Record | HeadRecord) -> None:
         """A forward visit with a graph was made: its backward is expected."""
@@ -560,4 +588,5 @@ class Engine:
         for hook in self._stray_hooks:
             hook.remove()
         self.scheduler.close()
+        self.backend.drop(self._kept_bytes)
         self._slots.clear()

@@ -9,13 +9,15 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from slidecore import roots
 from slidecore.backend import Backend
 from slidecore.engine import Engine, engines
 from slidecore.errors import ModelError, UsageError
 from slidecore.integrations import huggingface, liger
 from slidecore.integrations.liger import Kernels
+from slidecore.kept import Keep, choose
+from slidecore.partition import Chunk, Entry
 from slidecore.planes import Moments
 from slidecore.sizes import parse_size
 
@@ -51,6 +53,7 @@ def offload(
     micro_batch: int | Literal["auto"] = "auto",
     keep_graphs: int | Literal["auto"] = "auto",
     blocks: Sequence[str | nn.Module] | None = None,
+    keep: Keep | None = None,
     train: bool = True,
     kernels: Kernels = "auto",
     threads: int = 0,
@@ -73,6 +76,10 @@ def offload(
         micro_batch: samples a visit computes at once; "auto" takes what the budget allows.
         keep_graphs: how many of the last blocks keep their graph instead of recomputing; "auto" as the budget allows.
         blocks: names or modules of the blocks, where the structure does not show them.
+        keep: parameters that stay ordinary ones on the device, for an optimizer of torch.optim: a list of their names,
+            of modules (or their names) or of parameters, or a function of (name, parameter) that says so. None keeps
+            the adapters of a PEFT model and whatever else of it is trained; [] nothing. Their bytes (of trained ones:
+            with gradients and two moments) count as device memory; their dtypes stay as they are.
         train: False allocates no optimizer state and no gradients: for inference alone.
         kernels: "liger" runs the layers of models that Liger-Kernel knows with its kernels, "torch" as they are; "auto"
             takes Liger-Kernel on a card where it is installed.
@@ -81,7 +88,8 @@ def offload(
             for an eighth of the gradients: that much of the update goes on during the next forward.
 
     Raises:
-        ModelError: no blocks were found, the model is offloaded already, or a block shares a parameter.
+        ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, or `keep` names
+            what the model does not have.
         BudgetError: `device_memory` is too small; the message says the smallest that works.
         ValueError: an argument is out of its range.
         UsageError: the device is not usable.
@@ -119,6 +127,7 @@ def offload(
         raise ValueError(f"moments={moments!r} must be one of {', '.join(map(repr, get_args(Moments)))}")
     if kernels not in ("auto", "liger", "torch"):
         raise ValueError(f"kernels={kernels!r} must be 'auto', 'liger' or 'torch'")
+    kept = choose(model, keep)
     undo_kernels = liger.apply(model, kernels, on_card=not backend.is_host)
     engine = Engine(
         model,
@@ -130,6 +139,7 @@ def offload(
         micro_batch=None if micro_batch == "auto" else micro_batch,
         keep_graphs=None if keep_graphs == "auto" else keep_graphs,
         blocks=blocks,
+        kept=kept,
         train=train,
         threads=threads,
         piece_bytes=piece_bytes,
@@ -137,6 +147,7 @@ def offload(
     )
     _move_buffers(model, backend.torch_device)
     engine.wrap()
+    roots.wrap(model, engine)
     model.__dict__[_ATTRIBUTE] = engine
     _hook(model, engine)
     huggingface.attach(model, engine)
@@ -153,17 +164,6 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _hook(model: nn.Module, engine: Engine) -> None:
-    device = engine.backend.torch_device
-
-    def to_device(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        engine.begin_root_forward()
-        if device.type == "cpu":
-            return args, kwargs
-        return pytree.tree_map(to_device, args), pytree.tree_map(to_device, kwargs)
-
     def loaded(module: nn.Module, _: Any) -> None:
         for parameter in module._parameters.values():
             if id(parameter) in engine.entries:
@@ -191,7 +191,7 @@ def _hook(model: nn.Module, engine: Engine) -> None:
             )
         return model  # where weights compute is slidecore's business; their masters stay in host memory
 
-    handles = [model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)]
+    handles: list[Any] = []
     for part in model.modules():  # whose state may be asked for, or loaded, by itself
         handles += [
             part.register_state_dict_pre_hook(settle),
@@ -269,15 +269,11 @@ def assign_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     float32 values are kept exactly (bf16 weight and residual).
 
     Raises:
-        ModelError: there is no such parameter, or shape or dtype do not fit.
+        ModelError: there is no such parameter, it is kept on the device, or shape or dtype do not fit.
         UsageError: `model` is not offloaded.
     """
     engine = engine_of(model)
-    try:
-        parameter = model.get_parameter(name)
-    except AttributeError as error:
-        raise ModelError(f"the model has no parameter named {name!r}") from error
-    chunk, entry = engine.entries[id(parameter)]
+    chunk, entry = _entry_of(model, engine, name)
     engine.scheduler.synchronize()
     engine.planes.write(chunk, entry, tensor)
     engine.scheduler.invalidate(chunk.index)
@@ -287,16 +283,23 @@ def master_parameter(model: nn.Module, name: str) -> torch.Tensor:
     """The float32 master value of parameter `name`, a copy in host memory.
 
     Raises:
-        ModelError: there is no such parameter.
+        ModelError: there is no such parameter, or it is kept on the device.
         UsageError: `model` is not offloaded.
     """
     engine = engine_of(model)
+    chunk, entry = _entry_of(model, engine, name)
+    engine.scheduler.synchronize()
+    return engine.planes.master(chunk, entry)
+
+
+def _entry_of(model: nn.Module, engine: Engine, name: str) -> tuple[Chunk, Entry]:
     try:
         parameter = model.get_parameter(name)
     except AttributeError as error:
         raise ModelError(f"the model has no parameter named {name!r}") from error
-    engine.scheduler.synchronize()
-    return engine.planes.master(*engine.entries[id(parameter)])
+    if id(parameter) not in engine.entries:
+        raise ModelError(f"parameter {name!r} is kept on the device: it has no master, read or change it directly")
+    return engine.entries[id(parameter)]
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,40 @@ def test_overlap_on_the_host_backend() -> None:
         assert all(lane["rate"] > 0 for lane in entry["lanes"].values())
 
 
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_engine()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the references: the program is tested here, kernels are elsewhere
+    pytest.importorskip("triton", reason="bench/kernels.py needs triton")
+    picture = tmp_path / "kernels.png"
+    document = run("kernels.py", "--quick", "--device", "cpu", "--picture", str(picture))
+    for name, size in (("adamw", 26), ("split", 8), ("merge", 8), ("accumulate", 10), ("accumulate, last", 8)):
+        result = document["streaming"][name]
+        assert result["bytes"] == pytest.approx(size * document["parameters"], rel=0.2)
+        assert result["gb_per_s"] == pytest.approx(result["bytes"] / result["seconds"]["median"] / 1e9)
+        assert result["of_copy"] > 0
+        assert result["times_faster_than"]
+    for row in document["linear_cross_entropy"]:
+        losses = [system["loss"] for system in row["systems"].values()]
+        assert "eager" in row["systems"]
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
+    assert picture.stat().st_size > 1000
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    require_engine()
+    require_transformers()
+    document = run("checkpoint.py", "--quick", "--device", "cpu", "--dir", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert document["save"]["bytes"] > 12 * document["parameters"]
+    for part in (document["save"], document["load"], document["disk"]["write"], document["disk"]["read"]):
+        assert part["gb_per_s"] == pytest.approx(part["bytes"] / part["seconds"]["median"] / 1e9)
+    assert document["over_disk"]["save"] == pytest.approx(
+        document["save"]["gb_per_s"] / document["disk"]["write"]["gb_per_s"]
+    )
+    assert document["checksum_gb_per_s"][document["checksum"]] > 0
+    assert document["file_system"]["type"]
+
+
 def test_moments(tmp_path: Path) -> None:
     require_engine()
     pytest.importorskip("datasets", reason="bench/moments.py needs the finetune extra")
@@ -158,3 +192,23 @@ def test_fits() -> None:
             "float32": pytest.approx(12, 1e-3),
             "8bit": pytest.approx(6.0625, 1e-3),
         }
+
+
+@pytest.mark.parametrize("peer", ["auto", "none"])
+def test_disk(tmp_path: Path, peer: str) -> None:
+    require_engine()
+    from slidecore import _core
+
+    document = run("disk.py", "--quick", "--size", "4MiB", "--peer", peer, str(tmp_path))
+    backends = {"threads"} if _core.why_no_io_uring() else {"uring", "threads"}
+    assert {(point["backend"], point["mode"]) for point in document["results"]} == {
+        (backend, mode) for backend in backends for mode in ("read", "write", "both")
+    }
+    for point in document["results"]:
+        assert point["bytes"] == 4 << 20
+        assert point["gb_per_s"]["min"] <= point["gb_per_s"]["median"] <= point["gb_per_s"]["max"]
+        if "peer" in point:
+            assert point["over_peer"] == point["gb_per_s"]["median"] / point["peer"]["gb_per_s"]["median"]
+    assert document["counts"] != _core.inspect_directory(str(tmp_path)).in_memory
+    assert ("peer" in document) != ("peer" in document["skipped"])
+    assert list(tmp_path.iterdir()) == []

@@ -114,6 +114,36 @@ def test_blocks_of_several_classes_in_a_list() -> None:
     assert [c.name for c in partition(model) if c.kind == "block"] == [f"layers.{i}" for i in range(4)]
 
 
+@pytest.mark.parametrize("kinds_in_turn", ["ab", "abc", "abac"])
+def test_blocks_of_several_classes_in_turn(kinds_in_turn: str) -> None:
+    """No two neighbours are of one class (hybrid models)."""
+    made = {"a": lambda: Residual(3, 5), "b": lambda: nn.Linear(3, 3), "c": lambda: nn.LayerNorm(3)}
+    model = nn.Module()
+    model.layers = nn.ModuleList(made[kind]() for kind in kinds_in_turn * 2)
+    model.heads = nn.ModuleList([nn.Linear(3, 2), nn.LayerNorm(3)])  # nothing repeats: no run
+    chunks = partition(model)
+    assert_covers(model, chunks)
+    assert [c.name for c in chunks if c.kind == "block"] == [f"layers.{i}" for i in range(2 * len(kinds_in_turn))]
+    assert [c.name for c in chunks if c.kind == "edge"] == ["heads"]
+
+
+def test_kept_parameters_are_in_no_chunk() -> None:
+    model = Stack(depth=4)
+    kept = {id(p) for p in [*model.leave.parameters(), *model.blocks[1].parameters(), model.blocks[2].up.weight]}
+    chunks = partition(model, kept=kept)
+    assert kinds(chunks) == [
+        ("edge", "enter"),
+        ("block", "blocks.0"),
+        ("block", "blocks.2"),
+        ("block", "blocks.3"),
+        ("edge", "norm"),
+    ]
+    assert "blocks.2.up.weight" not in [e.name for c in chunks for e in c.entries]
+    assert sum(len(c.entries) for c in chunks) + len(kept) == len(list(model.parameters()))
+    with pytest.raises(slidecore.ModelError, match=r"'blocks.1' has no parameters but kept ones"):
+        partition(model, ["blocks.0", "blocks.1"], kept)
+
+
 @pytest.mark.parametrize("by_module", [False, True])
 def test_blocks_given(by_module: bool) -> None:
     model = Stack(depth=4)
