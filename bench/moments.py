@@ -72,26 +72,29 @@ def compare(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(path: Path, seeds: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """Writes the curves of the first seed, and below them every seed's smoothed differences to float32 moments."""
+    """Writes the smoothed curves of every seed, and below them their differences to the one of float32 moments."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    colours = {"float32": "#1f618d", "8bit": "#e67e22", "float32 in micro-batches": "#95a5a6"}
-    figure = Figure(figsize=(8, 7))
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    for name, run in next(iter(seeds.values())).items():
-        steps = range(1, len(run["losses"]) + 1)
-        above.plot(steps, run["losses"], color=colours[name], linewidth=0.5, alpha=0.35)
-        smooth = smoothed(run["losses"])
-        above.plot(steps[-len(smooth) :], smooth, color=colours[name], linewidth=1.6, label=name)
+    styles: dict[str, dict[str, Any]] = {
+        "float32": {"color": "#1f618d", "linewidth": 2.4},
+        "8bit": {"color": "#e67e22", "linewidth": 1.1},
+        "float32 in micro-batches": {"color": "#7f8c8d", "linewidth": 0.9},
+    }
+    figure = Figure(figsize=(8, 8))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for runs in seeds.values():
         base = smoothed(runs["float32"]["losses"])
-        for name in list(runs)[1:]:
-            differences = [a - b for a, b in zip(smoothed(runs[name]["losses"]), base, strict=True)]
-            steps = range(len(runs[name]["losses"]) - len(differences) + 1, len(runs[name]["losses"]) + 1)
-            below.plot(steps, differences, color=colours[name], linewidth=1.2)
-    above.set(ylabel="loss (nats per token)", title="8-bit and float32 moments")
-    above.legend(frameon=False, title=f"means of {SMOOTH} steps; pale: each step")
-    below.set(xlabel="step", ylabel="difference to float32")
+        steps = range(len(runs["float32"]["losses"]) - len(base) + 1, len(runs["float32"]["losses"]) + 1)
+        for name, run in runs.items():
+            smooth = smoothed(run["losses"])
+            above.plot(steps, smooth, **styles[name])
+            if name != "float32":
+                below.plot(steps, [a - b for a, b in zip(smooth, base, strict=True)], **styles[name])
+    above.set(ylabel=f"loss (nats per token), means of {SMOOTH} steps", title="8-bit and float32 moments")
+    above.legend(handles=[Line2D([], [], label=name, **style) for name, style in styles.items()], frameon=False)
+    below.axhline(0, color=styles["float32"]["color"], linewidth=1)
+    below.set(xlabel="step", ylabel="difference to float32 of the same seed")
     for axes in (above, below):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
