@@ -111,23 +111,30 @@ class WeightFiles:
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """Whether `model` is one of transformers; does not import it."""
+    """Whether `model` is one of transformers that `save_pretrained` saves whole; does not import it.
+
+    Of a model with adapters inside it saves only these.
+    """
     transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return False
+    return not getattr(model, "_hf_peft_config_loaded", False)
 
 
-def tensors_beside_planes(model: nn.Module, engine: Engine) -> dict[str, torch.Tensor]:
-    """Persistent buffers and kept parameters: what of the model's state is in no plane, by their first name."""
+def other_tensors(model: nn.Module, engine: Engine) -> dict[str, torch.Tensor]:
+    """What belongs to the model's state and lies in no plane: persistent buffers, and parameters kept on the device.
+
+    By name: buffers by their first, parameters by the one that they are stored under.
+    """
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        own = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        own |= {n: p for n, p in module._parameters.items() if id(p) not in engine.entries}
-        for name, tensor in own.items():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                found[f"{prefix}.{name}" if prefix else name] = tensor
-    return found
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    kept = {id(p): p for p in model.parameters() if id(p) not in engine.entries}
+    return found | {name: kept[key] for key, name in _stored_names(model)[0].items() if key in kept}
 
 
 def plan_weight_files(model: nn.Module, engine: Engine, shard_bytes: int) -> WeightFiles:
@@ -141,12 +148,14 @@ def plan_weight_files(model: nn.Module, engine: Engine, shard_bytes: int) -> Wei
     Raises:
         ModelError: a buffer has a dtype that safetensors files cannot hold.
     """
-    names, aliases = _stored_names(model, engine)
+    names, aliases = _stored_names(model)
     planes = engine.planes.weight
-    of_chunk = {c: {names[e]: planes.view(c, e) for e in c.entries} for c in engine.chunks}
-    entry_of = {name: entry for entry, name in names.items()}
-    others = tensors_beside_planes(model, engine)
-    groups: list[tuple[Chunk | None, dict[str, torch.Tensor]]] = [*of_chunk.items(), (None, others)]
+    of_chunk = {c: {names[id(e.parameter)]: planes.view(c, e) for e in c.entries} for c in engine.chunks}
+    entry_of = {names[key]: entry for key, (_, entry) in engine.entries.items()}
+    groups: list[tuple[Chunk | None, dict[str, torch.Tensor]]] = [
+        *of_chunk.items(),
+        (None, other_tensors(model, engine)),
+    ]
 
     revert = _reverting(model, [sources for _, sources in groups])
     files = WeightFiles([])
@@ -192,8 +201,8 @@ def _shards(units: Sequence[Unit], shard_bytes: int, metadata: dict[str, str]) -
     return shards
 
 
-def _stored_names(model: nn.Module, engine: Engine) -> tuple[dict[Entry, str], dict[str, str]]:
-    """The name each entry is stored under, and for its other names (of tied parameters) the stored one.
+def _stored_names(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
+    """The name each parameter (by id) is stored under, and for its other names (if it is tied) the stored one.
 
     Of a tied parameter's names transformers keeps the one that the others are tied to.
     """
@@ -202,13 +211,11 @@ def _stored_names(model: nn.Module, engine: Engine) -> tuple[dict[Entry, str], d
         all_names.setdefault(id(parameter), []).append(name)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    names: dict[Entry, str] = {}
+    names: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    for identity, (_, entry) in engine.entries.items():
-        candidates = all_names.get(identity, [entry.name])
-        kept = min(candidates, key=lambda name: (name in ignored, name in tied))  # the first of the best
-        names[entry] = kept
-        aliases.update({name: kept for name in candidates if name != kept})
+    for key, candidates in all_names.items():
+        names[key] = min(candidates, key=lambda name: (name in ignored, name in tied))  # the first of the best
+        aliases.update({name: names[key] for name in candidates if name != names[key]})
     return names, aliases
 
 
