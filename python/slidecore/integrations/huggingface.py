@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from slidecore.visit import Use
 
 
+def accelerated() -> bool:
+    """Whether an `accelerate.Accelerator` (such as transformers' Trainer makes) is there to run the training.
+
+    It accumulates without announcing it on a single device, and its users clip, or ask for the norm, at every step.
+    """
+    state = sys.modules.get("accelerate.state")
+    return state is not None and bool(state.is_initialized())
+
+
 def attach(model: nn.Module, engine: Engine) -> None:
     """Adapts a model of transformers; does nothing to others."""
     transformers = sys.modules.get("transformers")
