@@ -31,6 +31,7 @@ class Slidecore(_peers.System):
         self._slidecore = slidecore
         self._device = device
         lr, weight_decay = float(options.pop("lr")), float(options.pop("weight_decay"))
+        optimizer = {"lr": lr, "weight_decay": weight_decay, **options.pop("optimizer", {})}
         self._trace_directory = options.pop("trace", None)
         model = _model.build_empty(shape)
         self.parameters = _model.parameter_count(model)
@@ -38,8 +39,8 @@ class Slidecore(_peers.System):
         self._model: Any = slidecore.offload(model, **settings)
         for name, value in _model.initial_values(model, seed, device):
             slidecore.assign_parameter(model, name, value.cpu())
-        self._optimizer = slidecore.AdamW(self._model.parameters(), lr=lr, weight_decay=weight_decay)
-        self.notes = {key: str(value) for key, value in settings.items()}
+        self._optimizer = slidecore.AdamW(self._model.parameters(), **optimizer)
+        self.notes = {key: str(value) for key, value in {**settings, "optimizer": optimizer}.items()}
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         loss = self._model(input_ids=ids, labels=ids).loss

@@ -50,32 +50,82 @@ def rate(seconds: list[float], moved_bytes: int, counted: str, parameters: int |
     return result
 
 
-class CorePlanes:
-    """slidecore's planes of n parameters in host memory, filled with random numbers: 14 bytes per parameter."""
+# What an update moves, per parameter. The two scales of 128 parameters are read and written, too: 0.125 bytes a
+# parameter that are not counted.
+MOVED = {
+    "float32": (26, "reads gradient 2, weight 2, residual 2, moments 4, 4; writes weight 2, residual 2, moments 4, 4"),
+    "8bit": (14, "reads gradient 2, weight 2, residual 2, moments 1, 1; writes weight 2, residual 2, moments 1, 1"),
+}
 
-    def __init__(self, n: int) -> None:
+
+class CorePlanes:
+    """slidecore's planes of n parameters in host memory, filled with random numbers.
+
+    14 bytes per parameter with float32 moments, 8.0625 with 8-bit ones.
+    """
+
+    def __init__(self, n: int, moments: str = "float32") -> None:
         from slidecore import _core
 
         host = _core.Device("host")
         self.n = n
-        self._sizes = {"weight": 2, "residual": 2, "exp_avg": 4, "exp_avg_sq": 4, "gradient": 2}
-        self._buffers = {name: _core.HostBuffer(host, size * n, False) for name, size in self._sizes.items()}
+        groups = -(-n // _core.MOMENTS_GROUP)
+        wide = {"weight": torch.bfloat16, "residual": torch.int16, "gradient": torch.bfloat16}
+        if moments == "float32":
+            self._kinds = {**wide, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+        else:
+            scales = dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), torch.float32)
+            self._kinds = {**wide, "exp_avg": torch.int8, "exp_avg_sq": torch.uint8, **scales}
+        self._buffers = {
+            name: _core.HostBuffer(host, (groups if name.endswith("scale") else n) * dtype.itemsize, False)
+            for name, dtype in self._kinds.items()
+        }
         generator = torch.Generator().manual_seed(0)
         master = torch.empty(n).normal_(0, 0.02, generator=generator)
         pool = _core.ThreadPool()
-        _core.split(pool, master.data_ptr(), self.address("weight"), self.address("residual"), n)
+        _core.split(pool, master.data_ptr(), self.addresses()["weight"], self.addresses()["residual"], n)
         del master
-        self.tensor("exp_avg").normal_(0, 1e-3, generator=generator)
-        self.tensor("exp_avg_sq").uniform_(1e-7, 1e-6, generator=generator)
+        if moments == "float32":
+            self.tensor("exp_avg").normal_(0, 1e-3, generator=generator)
+            self.tensor("exp_avg_sq").uniform_(1e-7, 1e-6, generator=generator)
+        else:
+            self.tensor("exp_avg").random_(-127, 128, generator=generator)
+            self.tensor("exp_avg_sq").random_(1, 256, generator=generator)
+            self.tensor("exp_avg_scale").fill_(4e-3)
+            self.tensor("exp_avg_sq_scale").fill_(1e-3)
         self.tensor("gradient").normal_(0, 1e-3, generator=generator)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The plane as a tensor over the same memory."""
-        kinds = {"residual": torch.int16, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
-        return torch.frombuffer(self._buffers[name], dtype=kinds.get(name, torch.bfloat16))
+        return torch.frombuffer(self._buffers[name], dtype=self._kinds[name])
 
-    def address(self, name: str) -> int:
-        return self._buffers[name].address
+    def addresses(self) -> dict[str, int]:
+        """Of all planes, and of the gradient."""
+        return {name: buffer.address for name, buffer in self._buffers.items()}
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both moments in float64, dequantised if they are in 8 bits."""
+        first, second = self.tensor("exp_avg").double(), self.tensor("exp_avg_sq").double()
+        if "exp_avg_scale" not in self._kinds:
+            return first, second
+        scale, scale_sq = (
+            self.tensor(name).double().repeat_interleave(_group())[: self.n]
+            for name in ("exp_avg_scale", "exp_avg_sq_scale")
+        )
+        y = first / 127
+        return y / (2 - y.abs()) * scale, (second / 255 * scale_sq).square()
+
+    def masters(self) -> torch.Tensor:
+        """In float64."""
+        high = self.tensor("weight").view(torch.int16).to(torch.int64)
+        bits = ((high << 16) + self.tensor("residual").to(torch.int64)) & 0xFFFFFFFF
+        return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32).double()
+
+
+def _group() -> int:
+    from slidecore import _core
+
+    return _core.MOMENTS_GROUP
 
 
 class CoreAdamW:
@@ -96,67 +146,47 @@ class CoreAdamW:
             weight_decay=HYPER["weight_decay"],
             step=self._step,
         )
-        planes = self._planes
-        _core.adamw(
-            self._pool,
-            hyper,
-            n=planes.n,
-            gradient=planes.address("gradient"),
-            gradient_float32=False,
-            exp_avg=planes.address("exp_avg"),
-            exp_avg_sq=planes.address("exp_avg_sq"),
-            weight=planes.address("weight"),
-            residual=planes.address("residual"),
-        )
+        _core.adamw(self._pool, hyper, n=self._planes.n, gradient_float32=False, **self._planes.addresses())
 
 
-def check(pool: Any) -> float:
-    """The largest relative difference to AdamW in float64 after one step, so that a fast wrong kernel is seen."""
-    planes = CorePlanes(100_003)
-    high = planes.tensor("weight").view(torch.int16).to(torch.int64)
-    master = ((high << 16) + planes.tensor("residual").to(torch.int64)) & 0xFFFFFFFF
-    start = torch.where(master >= 2**31, master - 2**32, master).to(torch.int32).view(torch.float32).double()
-    gradient = planes.tensor("gradient").double()
-    first, second = planes.tensor("exp_avg").double(), planes.tensor("exp_avg_sq").double()
+def check(pool: Any, moments: str) -> float:
+    """The relative difference of masters to AdamW in float64 after one step, so that a fast wrong kernel is seen."""
+    planes = CorePlanes(100_003, moments)
+    start, gradient = planes.masters(), planes.tensor("gradient").double()
+    first, second = planes.moments()
     CoreAdamW(pool, planes)()
     beta1, beta2 = HYPER["beta1"], HYPER["beta2"]
     first = beta1 * first + (1 - beta1) * gradient
     second = beta2 * second + (1 - beta2) * gradient * gradient
     wanted = start * (1 - HYPER["lr"] * HYPER["weight_decay"])
     wanted -= HYPER["lr"] / (1 - beta1) * first / ((second / (1 - beta2)).sqrt() + HYPER["eps"])
-    high = planes.tensor("weight").view(torch.int16).to(torch.int64)
-    master = ((high << 16) + planes.tensor("residual").to(torch.int64)) & 0xFFFFFFFF
-    got = torch.where(master >= 2**31, master - 2**32, master).to(torch.int32).view(torch.float32).double()
+    got = planes.masters()
     return float((got - wanted).norm() / wanted.norm())
 
 
-def core_results(n: int, repeats: int, threads: int, sets: list[str]) -> dict[str, Any]:
-    """slidecore's update with each instruction set, and the same threads' plain copy of as much memory."""
+def core_results(n: int, repeats: int, threads: int, systems: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    """slidecore's update with each instruction set and kind of moments, and the same threads' plain copy."""
     from slidecore import _core
 
     pool = _core.ThreadPool(threads)
     results: dict[str, Any] = {}
-    planes = CorePlanes(n)
     chosen = _core.instruction_set()
-    for name in sets:
+    for label, (name, moments) in systems.items():
+        planes = CorePlanes(n, moments)
         _core.force_instruction_set(name)
-        result = rate(
-            time_calls(CoreAdamW(pool, planes), repeats),
-            26 * n,
-            "reads gradient 2, weight 2, residual 2, moments 4 + 4; writes weight 2, residual 2, moments 4 + 4",
-            n,
-        )
-        result.update(threads=pool.threads, relative_error=check(pool))
-        results[f"slidecore {name}"] = result
-        log(f"slidecore {name}: {result['gb_per_s']:.1f} GB/s")
+        moved, counted = MOVED[moments]
+        result = rate(time_calls(CoreAdamW(pool, planes), repeats), moved * n, counted, n)
+        result.update(threads=pool.threads, relative_error=check(pool, moments))
+        results[label] = result
+        log(f"{label}: {result['gb_per_s']:.1f} GB/s, {result['parameters_per_s'] / 1e9:.2f}e9 parameters/s")
+        del planes
+        gc.collect()
     _core.force_instruction_set(chosen)
-    del planes
-    gc.collect()
     host = _core.Device("host")
     size = 7 * n
     source, target = _core.HostBuffer(host, size, False), _core.HostBuffer(host, size, False)
     torch.frombuffer(source, dtype=torch.uint8).random_(0, 256)
-    counted = "7 bytes per parameter read and as many written: as much memory as slidecore's planes take"
+    counted = "7 bytes per parameter read and as many written: as much memory as float32 moments' planes take"
     result = rate(
         time_calls(lambda: _core.parallel_copy(pool, target.address, source.address, size), repeats), 2 * size, counted
     )
@@ -251,6 +281,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0, help="threads of slidecore's pool; 0: its own choice")
     parser.add_argument("--torch-threads", type=int, default=0, help="threads of the peers; 0: every processor")
     parser.add_argument("--isa", default="auto", help="instruction set: auto, all, or a name")
+    parser.add_argument("--moments", default="both", choices=("float32", "8bit", "both"), help="kind of moments")
     parser.add_argument("--out", help="also write the JSON to this file")
     parser.add_argument("--quick", action="store_true", help="few parameters: checks that all of it works")
     arguments = parser.parse_args()
@@ -278,21 +309,27 @@ def main() -> int:
         sets = [document["core"]["instruction_set"] if arguments.isa == "auto" else arguments.isa]
         if sets[0] not in available:
             parser.error(f"--isa {sets[0]}: this machine has {', '.join(available)}")
+    kinds = list(MOVED) if arguments.moments == "both" else [arguments.moments]
+    systems = {
+        f"slidecore {name}" + ("" if moments == "float32" else f" {moments}"): (name, moments)
+        for name in sets
+        for moments in kinds
+    }
     results = document["results"]
-    results.update(core_results(arguments.parameters, arguments.repeats, arguments.threads, sets))
+    results.update(core_results(arguments.parameters, arguments.repeats, arguments.threads, systems))
     gc.collect()
     results.update(torch_results(arguments.parameters, arguments.repeats))
     gc.collect()
     results["deepspeed CPUAdam"] = deepspeed_result(arguments.parameters, arguments.repeats)
-    for name in [f"slidecore {name}" for name in sets]:
+    for name in systems:
         mine = results[name]
         document["ratios"][name] = {
             "gb_per_s over memcpy": mine["gb_per_s"] / results["memcpy"]["gb_per_s"],
             "gb_per_s over torch copy": mine["gb_per_s"] / results["torch copy"]["gb_per_s"],
             **{
                 f"parameters_per_s over {peer}": mine["parameters_per_s"] / results[peer]["parameters_per_s"]
-                for peer in ("torch fused", "torch fused with casts", "deepspeed CPUAdam")
-                if "parameters_per_s" in results[peer]
+                for peer in ("torch fused", "torch fused with casts", "deepspeed CPUAdam", name.removesuffix(" 8bit"))
+                if peer != name and "parameters_per_s" in results.get(peer, {})
             },
         }
     emit(document, arguments.out)

@@ -21,6 +21,12 @@ from _machine import emit, log, machine
 from _memory import HostMemorySampler, used_bytes
 
 SYSTEMS = ("resident", "fsdp2-offload", "slidecore")
+# More ways to run slidecore, on request: arguments of slidecore.offload, and of slidecore.AdamW.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "slidecore-clipped": {"optimizer": {"max_grad_norm": 1.0}},
+    "slidecore-8bit": {"moments": "8bit"},
+    "slidecore-8bit-clipped": {"moments": "8bit", "optimizer": {"max_grad_norm": 1.0}},
+}
 
 # The shape of --quick: seconds on two processors.
 QUICK = {
@@ -73,7 +79,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     work.add_argument("--weight-decay", type=float, default=0.1)
     run = parser.add_argument_group("systems")
-    run.add_argument("--systems", default=",".join(SYSTEMS), help="which, in this order (default: %(default)s)")
+    run.add_argument(
+        "--systems",
+        default=",".join(SYSTEMS),
+        help="which, in this order (default: %(default)s); also: " + ", ".join(VARIANTS),
+    )
     run.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     run.add_argument("--device-memory", help="slidecore's device budget, e.g. 7GiB")
     run.add_argument("--window", type=int, help="slidecore's slots")
@@ -90,9 +100,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**QUICK)
         first = parser.parse_args(arguments)
     first.systems = [word for word in first.systems.split(",") if word]
-    unknown = sorted(set(first.systems) - set(SYSTEMS))
+    unknown = sorted(set(first.systems) - {*SYSTEMS, *VARIANTS})
     if unknown:
-        parser.error(f"unknown system {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
+        parser.error(f"unknown system {', '.join(unknown)}; there are {', '.join([*SYSTEMS, *VARIANTS])}")
     if first.steps < 1 or first.warmup < 0 or not first.batch or min(first.batch) < 1:
         parser.error("--steps and every --batch must be at least 1, --warmup at least 0")
     # Ascending, so that the memory peak of a small batch is not that of a larger one before it.
@@ -124,6 +134,7 @@ def _system_options(arguments: argparse.Namespace, system: str) -> dict[str, Any
             value = getattr(arguments, key)
             if value is not None:
                 options[key] = value
+        options.update(VARIANTS.get(system, {}))
         options.update(arguments.slidecore_options)
     return options
 
@@ -242,7 +253,7 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     long as both systems took the same steps before, that is while neither failed at an earlier batch.
     """
     compared: dict[str, Any] = {}
-    for other in ("fsdp2-offload", "resident"):
+    for other in ("fsdp2-offload", "resident", "slidecore"):
         for name, result in results.items():
             if name == other or other not in results:
                 continue
@@ -283,7 +294,7 @@ def main() -> int:
     for system in arguments.systems:
         log(f"{system}: starting")
         job = {
-            "system": system,
+            "system": "slidecore" if system in VARIANTS else system,
             "shape": shape,
             "device": device,
             "seed": arguments.seed,

@@ -1,4 +1,4 @@
-# The kernels' one source, compiled once per instruction set. Which of them runs is chosen at run time
+# The kernels' sources, compiled once per instruction set. Which of them runs is chosen at run time
 # (csrc/optimizer/instruction_set.cpp), so nothing outside these objects may be compiled with their flags.
 #
 # Contraction is off and errno/traps are given up, because that is all the vectoriser needs to turn sqrt and
@@ -13,7 +13,8 @@ int main() { return __builtin_cpu_supports(\"avx512f\"); }" SLIDECORE_X86_KERNEL
 
 function(slidecore_kernel_set name)
   set(target slidecore_kernels_${name})
-  add_library(${target} OBJECT ${CMAKE_CURRENT_SOURCE_DIR}/csrc/optimizer/kernels/kernels.cpp)
+  file(GLOB kernel_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/optimizer/kernels/*.cpp)
+  add_library(${target} OBJECT ${kernel_sources})
   set_target_properties(${target} PROPERTIES CXX_VISIBILITY_PRESET hidden)
   target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
   target_compile_definitions(${target} PRIVATE SLIDECORE_KERNEL_SET=${name})

@@ -54,7 +54,10 @@ else
 fi
 
 {
-  grep -v '^torch==' "$here/constraints.txt"
+  grep -v -e '^torch==' -e '^triton==' "$here/constraints.txt"
   "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))'
+  # A build of PyTorch for cards says itself which triton it needs.
+  "$venv/bin/python" -c 'from importlib.metadata import requires; print(requires("torch"))' | grep -q "'triton" ||
+    grep '^triton==' "$here/constraints.txt"
 } >"$venv/constraints.txt"
 "$venv/bin/python" -m pip install -c "$venv/constraints.txt" 'scikit-build-core>=0.11' 'pybind11>=2.13' cmake ninja

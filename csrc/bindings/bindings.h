@@ -22,9 +22,10 @@ inline std::uintptr_t address(const void* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer);
 }
 
-// Throws Error(invalid_argument) unless exactly one form of the weights is given, and both moments.
+// Throws Error(invalid_argument) unless exactly one form of the weights is given, and both moments. With scales these
+// are 8-bit codes.
 AdamWPlanes make_planes(std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t weight32, std::uintptr_t exp_avg,
-                        std::uintptr_t exp_avg_sq);
+                        std::uintptr_t exp_avg_sq, std::uintptr_t exp_avg_scale, std::uintptr_t exp_avg_sq_scale);
 
 void bind_status(py::module_& m);
 void bind_device(py::module_& m);

@@ -23,18 +23,27 @@ AdamWHyper make_hyper(double lr, double beta1, double beta2, double eps, double 
 }  // namespace
 
 AdamWPlanes make_planes(std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t weight32, std::uintptr_t exp_avg,
-                        std::uintptr_t exp_avg_sq) {
+                        std::uintptr_t exp_avg_sq, std::uintptr_t exp_avg_scale, std::uintptr_t exp_avg_sq_scale) {
   const bool planes16 = weight != 0 && residual != 0;
-  if (planes16 == (weight32 != 0) || exp_avg == 0 || exp_avg_sq == 0) {
+  if (planes16 == (weight32 != 0) || exp_avg == 0 || exp_avg_sq == 0 ||
+      (exp_avg_scale == 0) != (exp_avg_sq_scale == 0)) {
     throw Error(Code::invalid_argument,
-                "AdamW needs exp_avg, exp_avg_sq and either weight and residual, or weight32 alone");
+                "AdamW needs exp_avg, exp_avg_sq, for 8-bit moments both of their scales, and either weight and "
+                "residual, or weight32 alone");
   }
   AdamWPlanes planes;
   planes.weight = pointer<std::uint16_t>(weight);
   planes.residual = pointer<std::int16_t>(residual);
   planes.weight32 = pointer<float>(weight32);
-  planes.exp_avg = pointer<float>(exp_avg);
-  planes.exp_avg_sq = pointer<float>(exp_avg_sq);
+  if (exp_avg_scale == 0) {
+    planes.exp_avg = pointer<float>(exp_avg);
+    planes.exp_avg_sq = pointer<float>(exp_avg_sq);
+  } else {
+    planes.exp_avg8 = pointer<std::int8_t>(exp_avg);
+    planes.exp_avg_sq8 = pointer<std::uint8_t>(exp_avg_sq);
+    planes.exp_avg_scale = pointer<float>(exp_avg_scale);
+    planes.exp_avg_sq_scale = pointer<float>(exp_avg_sq_scale);
+  }
   return planes;
 }
 
@@ -81,13 +90,15 @@ void bind_optimizer(py::module_& m) {
       "adamw",
       [](ThreadPool& pool, const AdamWHyper& hyper, std::size_t n, std::uintptr_t gradient, bool gradient_float32,
          std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq, std::uintptr_t weight, std::uintptr_t residual,
-         std::uintptr_t weight32) {
-        adamw(pool, hyper, make_planes(weight, residual, weight32, exp_avg, exp_avg_sq), pointer<const void>(gradient),
-              gradient_float32 ? GradientType::float32 : GradientType::bfloat16, n);
+         std::uintptr_t weight32, std::uintptr_t exp_avg_scale, std::uintptr_t exp_avg_sq_scale) {
+        adamw(pool, hyper,
+              make_planes(weight, residual, weight32, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale),
+              pointer<const void>(gradient), gradient_float32 ? GradientType::float32 : GradientType::bfloat16, n);
       },
       py::arg("pool"), py::arg("hyper"), py::kw_only(), py::arg("n"), py::arg("gradient"), py::arg("gradient_float32"),
       py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("weight") = 0, py::arg("residual") = 0,
-      py::arg("weight32") = 0, ReleaseGil());
+      py::arg("weight32") = 0, py::arg("exp_avg_scale") = 0, py::arg("exp_avg_sq_scale") = 0, ReleaseGil());
+  m.attr("MOMENTS_GROUP") = moments_group;
 }
 
 }  // namespace slidecore::bindings

@@ -92,14 +92,17 @@ void bind_sink(py::module_& m) {
       .def(
           "add_chunk",
           [](AdamWSink& sink, std::size_t n, bool gradient_float32, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
-             std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t weight32) {
+             std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t weight32, std::uintptr_t exp_avg_scale,
+             std::uintptr_t exp_avg_sq_scale) {
             // A chunk whose parameters are all frozen keeps its index but has nothing to update.
             const AdamWPlanes planes =
-                n == 0 ? AdamWPlanes{} : make_planes(weight, residual, weight32, exp_avg, exp_avg_sq);
+                n == 0 ? AdamWPlanes{}
+                       : make_planes(weight, residual, weight32, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale);
             return sink.add_chunk(planes, n, gradient_type(gradient_float32));
           },
           py::kw_only(), py::arg("n"), py::arg("gradient_float32"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
-          py::arg("weight") = 0, py::arg("residual") = 0, py::arg("weight32") = 0)
+          py::arg("weight") = 0, py::arg("residual") = 0, py::arg("weight32") = 0, py::arg("exp_avg_scale") = 0,
+          py::arg("exp_avg_sq_scale") = 0)
       .def(
           "prepare",
           [](AdamWSink& sink, std::uint32_t chunk, const std::vector<Segment>& segments, bool gradient_float32) {

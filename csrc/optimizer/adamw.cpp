@@ -5,6 +5,7 @@
 #include "optimizer/adamw_block.h"
 #include "optimizer/float_environment.h"
 #include "optimizer/instruction_set.h"
+#include "optimizer/moments8.h"
 #include "slidecore/optimizer.h"
 #include "slidecore/status.h"
 
@@ -14,15 +15,6 @@ namespace {
 [[noreturn]] void refuse(const char* what, double value, const char* wanted) {
   throw Error(Code::invalid_argument,
               std::string("adamw: ") + what + " is " + std::to_string(value) + ", must be " + wanted);
-}
-
-bool aligned(const void* pointer, std::size_t alignment) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % alignment == 0;
-}
-
-template <typename T>
-T* shifted(T* plane, std::size_t elements) {
-  return plane == nullptr ? nullptr : plane + elements;
 }
 
 // Not inlined: the compiler knows nothing of the environment and might compute before it is set.
@@ -66,13 +58,10 @@ void check_planes(const AdamWPlanes& planes, std::size_t n) {
   if (!split && !whole) {
     throw Error(Code::invalid_argument, "adamw: give either the planes weight and residual, or weight32 alone");
   }
-  if (planes.exp_avg == nullptr || planes.exp_avg_sq == nullptr) {
-    throw Error(Code::invalid_argument, "adamw: the planes exp_avg and exp_avg_sq are both needed");
-  }
-  if (!aligned(planes.weight, 2) || !aligned(planes.residual, 2) || !aligned(planes.weight32, 4) ||
-      !aligned(planes.exp_avg, 4) || !aligned(planes.exp_avg_sq, 4)) {
+  if (!aligned(planes.weight, 2) || !aligned(planes.residual, 2) || !aligned(planes.weight32, 4)) {
     throw Error(Code::invalid_argument, "adamw: a plane does not start at a multiple of its element size");
   }
+  check_moments(planes);
 }
 
 void check_gradient(const void* gradient, GradientType type, std::size_t n) {
@@ -86,14 +75,20 @@ void check_gradient(const void* gradient, GradientType type, std::size_t n) {
 void adamw_block(const kernels::Table& table, const kernels::Scalars& scalars, const AdamWPlanes& planes,
                  const void* gradient, std::size_t gradient_begin, GradientType type, std::size_t begin,
                  std::size_t end) {
-  const kernels::Planes shifted_planes = {shifted(planes.weight, begin), shifted(planes.residual, begin),
-                                          shifted(planes.weight32, begin), shifted(planes.exp_avg, begin),
-                                          shifted(planes.exp_avg_sq, begin)};
   const void* first = static_cast<const char*>(gradient) + (begin - gradient_begin) * gradient_bytes(type);
   const bool bfloat16 = type == GradientType::bfloat16;
-  const kernels::AdamW kernel = planes.weight32 == nullptr ? (bfloat16 ? table.split_bfloat16 : table.split_float32)
-                                                           : (bfloat16 ? table.whole_bfloat16 : table.whole_float32);
-  kernel(scalars, shifted_planes, first, end - begin);
+  // One of the forms that both tables have, in their order.
+  const auto run = [&](const auto& kernels, const auto& from_begin) {
+    const auto kernel = planes.weight32 == nullptr ? (bfloat16 ? kernels.split_bfloat16 : kernels.split_float32)
+                                                   : (bfloat16 ? kernels.whole_bfloat16 : kernels.whole_float32);
+    kernel(scalars, from_begin, first, end - begin);
+  };
+  if (has_moments8(planes)) {
+    run(*table.moments8, planes8_from(planes, begin));
+  } else {
+    run(table, kernels::Planes{shifted(planes.weight, begin), shifted(planes.residual, begin),
+                               shifted(planes.weight32, begin), planes.exp_avg + begin, planes.exp_avg_sq + begin});
+  }
 }
 
 void adamw(ThreadPool& pool, const AdamWHyper& hyper, const AdamWPlanes& planes, const void* gradient,

@@ -10,6 +10,7 @@
 #include "optimizer/adamw_block.h"
 #include "optimizer/float_environment.h"
 #include "optimizer/instruction_set.h"
+#include "optimizer/moments8.h"
 #include "slidecore/status.h"
 
 namespace slidecore {
@@ -82,9 +83,15 @@ void for_checked(std::uint32_t chunk, std::size_t n, const std::vector<Segment>&
   }
 }
 
-std::vector<Range> ranges_of(std::uint32_t chunk, std::size_t n, const std::vector<AdamWSink::Segment>& segments) {
+// `whole`: elements that an update cannot separate.
+std::vector<Range> ranges_of(std::uint32_t chunk, std::size_t n, std::size_t whole,
+                             const std::vector<AdamWSink::Segment>& segments) {
   std::vector<Range> ranges;
   for_checked(chunk, n, segments, [&](const AdamWSink::Segment& segment, const auto& where) {
+    if (segment.offset % whole != 0) {
+      throw Error(Code::invalid_argument,
+                  where() + " does not start at a group of 8-bit moments, a multiple of " + std::to_string(whole));
+    }
     kernels::Scalars scalars{};
     try {
       scalars = adamw_scalars(segment.hyper);
@@ -187,7 +194,7 @@ void AdamWSink::prepare(std::uint32_t index, const std::vector<Segment>& segment
   Chunk& chunk = impl_->chunk(index);
   Job job;
   job.type = type;
-  job.ranges = ranges_of(index, chunk.n, segments);
+  job.ranges = ranges_of(index, chunk.n, indivisible(chunk.planes), segments);
   const std::lock_guard lock(impl_->mutex);
   chunk.prepared.push_back(std::move(job));
 }
@@ -244,6 +251,12 @@ void AdamWSink::consume(std::uint32_t index, std::size_t offset_bytes, const voi
     throw Error(Code::invalid_argument, label(index) + ": a piece of " + std::to_string(bytes) + " bytes at byte " +
                                             std::to_string(offset_bytes) + " does not lie in the gradient's " +
                                             std::to_string(chunk.n * size) + " bytes, or cuts an element");
+  }
+  const std::size_t whole = job.sum == nullptr ? indivisible(chunk.planes) : 1;
+  if (first % whole != 0 || ((first + count) % whole != 0 && first + count != chunk.n)) {
+    throw Error(Code::invalid_argument, label(index) + ": a piece of the elements " + std::to_string(first) + " to " +
+                                            std::to_string(first + count) + " cuts a group of 8-bit moments, of " +
+                                            std::to_string(whole) + "; give pieces of a multiple of 4096 bytes");
   }
   check_gradient(piece, job.type, count);
   // Blocks as parts count them, so that no two threads share one.

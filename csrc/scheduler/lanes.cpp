@@ -207,18 +207,41 @@ void Scheduler::Impl::download_in_pieces(const DownloadTask& task, std::unique_l
 // Host updates go in their order. Nothing waits in a circle: what one waits for was asked for before it, and so went
 // into the download lane's queue before all that waits for it.
 bool Scheduler::Impl::host_update_ready() const {
-  if (host_updates.empty() || inside_submission) return false;
+  if (host_updates.empty()) return false;
   const HostUpdate& next = host_updates.front();
   const Chunk& chunk = chunks[next.chunk];
   return ticket_issued(next.after) && chunk.summed >= next.after_sums && chunk.updated >= next.after_updates;
 }
 
-bool Scheduler::Impl::piece_ready() const {
-  return !updates.empty() && chunks[updates.front().chunk].updated >= updates.front().after_updates;
+// Index of the piece to consume next, or updates.size(). A chunk's pieces go in their order; of the chunks, the one
+// whose weights are needed soonest comes first. In backward that is the latest: what the ring holds of the others is
+// updated while the next forward is still far from them, so the lane need not idle then.
+std::size_t Scheduler::Impl::most_urgent_piece() const {
+  std::size_t best = updates.size(), best_use = 0;
+  std::vector<bool> seen(chunks.size(), false);
+  for (std::size_t i = 0; i < updates.size(); ++i) {
+    const UpdateTask& task = updates[i];
+    if (seen[task.chunk]) continue;
+    seen[task.chunk] = true;
+    const Chunk& chunk = chunks[task.chunk];
+    if (chunk.updated < task.after_updates) continue;
+    const bool awaited = std::any_of(chunk.held.begin(), chunk.held.end(), [](const Hold& h) { return !h.granted; });
+    const std::size_t use = awaited ? 0 : 1 + next_use(static_cast<std::int32_t>(task.chunk));
+    if (best == updates.size() || use < best_use) {
+      best = i;
+      best_use = use;
+    }
+  }
+  return best;
 }
 
 void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
-  changed.wait(lock, [&] { return stopping || failure != nullptr || host_update_ready() || piece_ready(); });
+  std::size_t piece = 0;
+  changed.wait(lock, [&] {
+    if (stopping || failure != nullptr || host_update_ready()) return true;
+    piece = most_urgent_piece();
+    return piece < updates.size();
+  });
   if (stopping || failure != nullptr) return;
   ++update_busy;  // before a queue is taken from, lest synchronize() finds neither a task in it nor the lane at work
   if (host_update_ready()) {
@@ -226,8 +249,8 @@ void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
     host_updates.pop_front();
     consume_from_host(update, lock);
   } else {
-    const UpdateTask task = updates.front();
-    updates.pop_front();
+    const UpdateTask task = updates[piece];
+    updates.erase(updates.begin() + static_cast<std::ptrdiff_t>(piece));
     consume(task, lock);
   }
   --update_busy;
@@ -260,7 +283,6 @@ void Scheduler::Impl::consume(const UpdateTask& task, std::unique_lock<std::mute
     if (stopping || failure != nullptr) return;
     last_upload = chunk.last_upload;
   }
-  inside_submission = !task.last;
   lock.unlock();
   const auto what = [&] {
     return (task.changes_weights ? "update" : "sum of gradients") + of_chunk(static_cast<std::int32_t>(task.chunk)) +

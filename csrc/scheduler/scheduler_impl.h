@@ -134,7 +134,7 @@ struct Scheduler::Impl {
   void download_in_pieces(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
   void download_whole(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
   bool host_update_ready() const;
-  bool piece_ready() const;
+  std::size_t most_urgent_piece() const;
   void consume(const UpdateTask& task, std::unique_lock<std::mutex>& lock);
   void consume_from_host(const HostUpdate& update, std::unique_lock<std::mutex>& lock);
   std::string of_chunk(std::int32_t chunk) const;
@@ -179,7 +179,6 @@ struct Scheduler::Impl {
   std::deque<DownloadTask> downloads;
   std::deque<UpdateTask> updates;  // in the ring
   std::deque<HostUpdate> host_updates;
-  bool inside_submission = false;  // the update lane has given the sink a first piece, and its last is to come
   int upload_busy = 0, download_busy = 0, update_busy = 0;
 
   Trace trace;

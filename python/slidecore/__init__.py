@@ -1,6 +1,7 @@
 """slidecore: fine-tune every parameter of models far larger than GPU memory, on one GPU."""
 
-from slidecore.errors import BudgetError, ModelError, SlidecoreError, UsageError
+from slidecore.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from slidecore.errors import BudgetError, CheckpointError, ModelError, SlidecoreError, UsageError
 from slidecore.loading import load_pretrained
 from slidecore.offloading import (
     Stats,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamW",
     "BudgetError",
+    "CheckpointError",
     "ModelError",
     "SlidecoreError",
     "Stats",
@@ -27,9 +29,12 @@ __all__ = [
     "assign_parameter",
     "clip_grad_norm_",
     "close",
+    "latest_checkpoint",
+    "load_checkpoint",
     "load_pretrained",
     "master_parameter",
     "offload",
+    "save_checkpoint",
     "stats",
     "synchronize",
     "trace",

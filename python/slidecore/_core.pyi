@@ -126,8 +126,15 @@ def adamw(
     weight: int = 0,
     residual: int = 0,
     weight32: int = 0,
+    exp_avg_scale: int = 0,
+    exp_avg_sq_scale: int = 0,
 ) -> None:
-    """One AdamW step on n parameters; all arrays by address. Give weight and residual, or weight32."""
+    """One AdamW step on n parameters; all arrays by address. Give weight and residual, or weight32.
+
+    With scales (float32, one for MOMENTS_GROUP parameters) exp_avg and exp_avg_sq are 8-bit codes (int8 and uint8).
+    """
+
+MOMENTS_GROUP: int
 
 @final
 class AdamWSink:
@@ -144,6 +151,8 @@ class AdamWSink:
         weight: int = 0,
         residual: int = 0,
         weight32: int = 0,
+        exp_avg_scale: int = 0,
+        exp_avg_sq_scale: int = 0,
     ) -> int:
         """Registers the planes of the next chunk (n elements each) and returns its index."""
     def prepare(self, chunk: int, segments: Sequence[tuple[int, int, AdamWHyper]], gradient_float32: bool) -> None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from slidecore.calls import Call
+from slidecore.captures import unnoticed
 from slidecore.graphs import VisitGraph
+from slidecore.kept import KeptParameter, detached
+from slidecore.partition import Chunk
 from slidecore.planner import (
     LARGEST_TILE,
     SMALLEST_TILE,
     ActivationPlan,
+    BlockCosts,
     DeviceNeeds,
     HeadCosts,
     plan_activations,
     plan_head,
 )
-from slidecore.visit import Call, Output, RandomState, Use, leaves_of, swapped, unchanged_buffers
+from slidecore.repeating import RandomState, unchanged_buffers
+from slidecore.visit import Use, leaves_of, run_again, run_captured, swapped
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
@@ -42,7 +50,7 @@ class Activations:
         budget: int | None,
         needs: DeviceNeeds,
         head: HeadCosts,
-        blocks: int,
+        blocks: Sequence[Chunk],
         micro_batch: int | None,
         keep_graphs: int | None,
     ) -> None:
@@ -50,7 +58,8 @@ class Activations:
         self._budget = budget
         self._needs = needs
         self._head = head
-        self._blocks = blocks
+        self._blocks = len(blocks)
+        self._structures = {block: tuple(e.shape for e in block.entries) for block in blocks}
         self._micro_batch = micro_batch
         self._keep_graphs = keep_graphs
         self.head_logits = plan_head(needs, head, budget)
@@ -58,7 +67,12 @@ class Activations:
         self._plans: dict[Any, ActivationPlan] = {}
         self._plan = ActivationPlan(1, 0, 0)
         self._whole_batch: set[str] = set()
-        self._separable: dict[str, bool] = {}  # classes of blocks whose samples were seen not to depend on each other
+        self._separable: dict[
+            str, bool
+        ] = {}  # classes of blocks: whether samples were seen not to depend on each other
+        self._batched: dict[tuple[str, int], list[bool]] = {}  # by class of block and number of outputs
+        self._graph_bytes: dict[Any, int] = {}  # of one sample, by what plans go by
+        self._largest: dict[Any, BlockCosts] = {}  # by structure of block: what one may take of the device
 
     def keeps_graph(self, use: Use) -> bool:
         if use.chunk.kind != "block":
@@ -90,7 +104,9 @@ class Activations:
             stacklevel=2,
         )
 
-    def plan_micro_batches(self, use: Use, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[int, list[bool]]:
+    def plan_micro_batches(
+        self, use: Use, call: Call, tensors: Sequence[torch.Tensor], kept: Sequence[KeptParameter]
+    ) -> tuple[int, list[bool]]:
         """How many micro-batches a visit runs in, and which of its tensors are split along dimension 0."""
         whole = 1, [False] * len(tensors)
         if use.chunk.kind != "block":
@@ -99,11 +115,13 @@ class Activations:
         if main is None:
             return whole
         batch = main.shape[0]
-        key = (type(use.module), tuple((t.shape, t.dtype) for t in tensors), use.module.training)
+        structure = (type(use.module), self._structures[use.chunk], len(kept))
+        key = (structure, tuple((t.shape, t.dtype, t.requires_grad) for t in tensors), use.module.training)
         split = self._splittable(use, tensors, main)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan_for(use, call, tensors, split, main)
+            plan = self._plan_for(use, call, tensors, kept, split, main, key)
+            self._plans[key] = plan
         self._plan = plan
         return (plan.micro_batches, split) if plan.micro_batches > 1 and batch > 1 else whole
 
@@ -125,32 +143,37 @@ class Activations:
         return [t is main or any(t is o for o in others) for t in tensors]
 
     def _plan_for(
-        self, use: Use, call: Call, tensors: Sequence[torch.Tensor], split: list[bool], main: torch.Tensor
+        self,
+        use: Use,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        kept: Sequence[KeptParameter],
+        split: list[bool],
+        main: torch.Tensor,
+        key: Any,
     ) -> ActivationPlan:
         splittable = any(split)
         batch = main.shape[0] if splittable else 1
-        graph_bytes = 0
-        if self._budget is not None:
-            graph_bytes = self._probe(
-                use, call, [t[:1].clone() if s else t for t, s in zip(tensors, split, strict=True)]
-            )
+        if self._budget is not None and (key, splittable) not in self._graph_bytes:
+            sample = [t[:1].clone() if s else t for t, s in zip(tensors, split, strict=True)]
+            self._graph_bytes[key, splittable] = self._probe(use, call, sample, kept)
         inputs = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad) or (
             main.numel() * main.element_size()
         )
+        own = BlockCosts(inputs, self._graph_bytes.get((key, splittable), 0), batch)
         plan = plan_activations(
             budget=self._budget,
             needs=self._needs,
             head=self._head,
             blocks=self._blocks,
-            batch=batch,
-            input_bytes=inputs,
-            graph_bytes_per_sample=graph_bytes,
+            block=own,
+            largest=self._largest_of(use.chunk, own),
             micro_batch=min(self._micro_batch, batch) if self._micro_batch is not None else None,
             keep_graphs=self._keep_graphs,
         )
         kind = type(use.module).__name__
         if plan.micro_batches > 1 and kind not in self._separable:
-            self._separable[kind] = self._independent(use, call, tensors, split)
+            self._separable[kind] = self._independent(use, call, tensors, kept, split)
         if plan.micro_batches > 1 and not self._separable[kind]:
             self._whole_batch.add(kind)
             warnings.warn(
@@ -158,52 +181,122 @@ class Activations:
                 f"not split into micro-batches",
                 stacklevel=2,
             )
-            return self._plan_for(use, call, tensors, [False] * len(tensors), main)
+            return self._plan_for(use, call, tensors, kept, [False] * len(tensors), main, key)
         logger.info("%s with batch %d: %s", type(use.module).__name__, batch, plan)
         return plan
 
-    def _independent(self, use: Use, call: Call, tensors: Sequence[torch.Tensor], split: list[bool]) -> bool:
-        """Whether neither of two samples' outputs depends on the other's inputs, by their exact gradients."""
-        state = RandomState.capture(self._engine.backend.torch_device)
-        own = [
-            t[:2].detach().clone().requires_grad_(t.is_floating_point()) if s else t.detach()
-            for t, s in zip(tensors, split, strict=True)
+    def _largest_of(self, chunk: Chunk, own: BlockCosts) -> BlockCosts | None:
+        """What any block may take of the device; None while blocks of some structure have not been seen.
+
+        The plans that were made knowing less are dropped.
+        """
+        structures = set(self._structures.values())
+        if len(structures) == 1:
+            return own
+        structure = self._structures[chunk]
+        larger = own.maximum(self._largest.get(structure, own))
+        if larger != self._largest.get(structure):
+            self._largest[structure] = larger
+            self._plans.clear()
+        if len(self._largest) < len(structures):
+            return None
+        return functools.reduce(BlockCosts.maximum, self._largest.values())
+
+    def batched_outputs(
+        self,
+        use: Use,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        requires_grad: Sequence[bool],
+        split: Sequence[bool],
+        kept: Sequence[KeptParameter],
+        outputs: int,
+    ) -> list[bool]:
+        """Which of a block's outputs have rows for each sample along dimension 0."""
+        kind = type(use.module).__name__
+        if (kind, outputs) not in self._batched:
+            with self._beside(use, kept, graph=True):
+                self._samples(use, call, tensors, requires_grad, split)
+        return self._batched[kind, outputs]
+
+    def _samples(
+        self,
+        use: Use,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        requires_grad: Sequence[bool],
+        split: Sequence[bool],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Runs one sample and two, which tells the outputs with rows for each; returns inputs and outputs of two."""
+        runs: list[list[torch.Tensor]] = []
+        for samples in (1, 2):
+            own = [t.detach()[:samples] if s else t.detach() for t, s in zip(tensors, split, strict=True)]
+            own = [t.requires_grad_(r) for t, r in zip(own, requires_grad, strict=True)]
+            runs.append(run_captured(use, list(use.module.modules()), call, [t.clone() for t in own], [])[1])
+        one, two = runs
+        kind = type(use.module).__name__
+        self._batched[kind, len(two)] = [
+            a.dim() == b.dim() > 0 and b.shape[0] == 2 * a.shape[0] > 0 for a, b in zip(one, two, strict=True)
         ]
-        inputs = [t for t in own if t.requires_grad]
+        return own, two
+
+    @contextlib.contextmanager
+    def _beside(self, use: Use, kept: Sequence[KeptParameter], *, graph: bool) -> Iterator[None]:
+        """Runs of the block inside leave nothing behind; its weights have gradients of their own if `graph`."""
+        state = RandomState.capture(self._engine.backend.torch_device)
         try:
             with (
                 self._engine.holding(use.chunk, backward=False) as slot,
-                swapped(use.chunk, leaves_of(use.chunk, slot, graph=False)),
+                swapped(use.chunk, leaves_of(use.chunk, slot, graph)),
+                detached(kept),
+                unnoticed(list(use.module.modules())),
                 unchanged_buffers(use.module),
                 torch.enable_grad(),
             ):
-                args, kwargs = call.put([t.clone() if t.requires_grad else t for t in own])
-                outputs = Output.take(use.forward(*args, **kwargs))[1]
-                # Outputs that cannot be joined are found, and reported, by the first visit.
-                outputs = [o for o in outputs if o.requires_grad and o.dim() > 0 and o.shape[0] % 2 == 0]
-                for sample in range(2 if outputs else 0):
-                    parts = [o.chunk(2)[sample] for o in outputs]
-                    # Not autograd.grad, which checkpointing inside the block may refuse.
-                    torch.autograd.backward(parts, [torch.randn_like(p) for p in parts], retain_graph=True)
-                    for tensor in inputs:
-                        if tensor.grad is not None and bool(tensor.grad[1 - sample].any()):
-                            return False
-                        tensor.grad = None
+                yield
         finally:
             state.set(self._engine.backend.torch_device)
+
+    def _independent(
+        self,
+        use: Use,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        kept: Sequence[KeptParameter],
+        split: list[bool],
+    ) -> bool:
+        """Whether neither of two samples' outputs depends on the other's inputs, by their exact gradients."""
+        wanted = [s and t.is_floating_point() for t, s in zip(tensors, split, strict=True)]
+        with self._beside(use, kept, graph=False):
+            inputs, outputs = self._samples(use, call, tensors, wanted, split)
+            batched = self._batched[type(use.module).__name__, len(outputs)]
+            # The others, if they cannot be joined, are found and reported by the first visit.
+            outputs = [o for o, rows in zip(outputs, batched, strict=True) if rows and o.requires_grad]
+            for sample in range(2 if outputs else 0):
+                parts = [o.chunk(2)[sample] for o in outputs]
+                # Not autograd.grad, which checkpointing inside the block may refuse.
+                torch.autograd.backward(parts, [torch.randn_like(p) for p in parts], retain_graph=True)
+                for tensor in inputs:
+                    if tensor.grad is not None and bool(tensor.grad[1 - sample].any()):
+                        return False
+                    tensor.grad = None
         return True
 
-    def _probe(self, use: Use, call: Call, tensors: list[torch.Tensor]) -> int:
+    def _probe(self, use: Use, call: Call, tensors: Sequence[torch.Tensor], kept: Sequence[KeptParameter]) -> int:
         """Bytes that the graph of one block saves for one sample, found by running it once."""
         state = RandomState.capture(self._engine.backend.torch_device)
-        graph = VisitGraph(keep=True)
-        with self._engine.holding(use.chunk, backward=False) as slot, unchanged_buffers(use.module):
+        weights = [each.parameter.detach() for each in kept]
+        inputs = [*tensors, *weights]
+        graph = VisitGraph(keep=True, known=weights)
+        with (
+            self._engine.holding(use.chunk, backward=False) as slot,
+            unnoticed(list(use.module.modules())),
+            unchanged_buffers(use.module),
+        ):
 
             def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-                with swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)):
-                    args, kwargs = call.put(own)
-                    return Output.take(use.forward(*args, **kwargs))[1]
+                return run_again(use, slot, call, own, kept)
 
-            graph.run(slot, tensors, [t.is_floating_point() for t in tensors], self._engine.visits.anchor, module)
+            graph.run(slot, inputs, [t.is_floating_point() for t in inputs], self._engine.visits.anchor, module)
         state.set(self._engine.backend.torch_device)
         return graph.nbytes

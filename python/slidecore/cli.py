@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
     0: done. 1: stopped on the way. 2: something given cannot be used, and nothing was started. 130: interrupted.
+    143: ended by SIGTERM.
 
     Args:
         argv: arguments without the program's name; None: those of the process.

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
 import logging
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
-from slidecore import _core
+from slidecore import _core, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
 from slidecore.deferred_updates import DeferredUpdates
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
 from slidecore.integrations.huggingface import accelerated
+from slidecore.kept import kept_bytes
 from slidecore.partition import Chunk, Entry, partition
-from slidecore.planes import Planes, lay_out
+from slidecore.planes import Moments, Planes, lay_out
 from slidecore.planner import (
     check_device_budget,
     device_needs,
@@ -41,6 +42,9 @@ logger = logging.getLogger("slidecore")
 
 FORWARD, BACKWARD = _core.Scheduler.FORWARD, _core.Scheduler.BACKWARD
 GRADIENT_BUFFERS = 2
+# The ring that gradients come down in. The update lane idles in a forward once it has used up what the ring holds, and
+# a forward without recomputation is not a long part of a step that updates limit: a larger ring would only cost memory.
+RING_SHARE, LEAST_RING_PIECES = 1 / 8, 8
 
 ScheduledVisit = tuple[int, int, bool, bool]
 engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -78,28 +82,32 @@ class Engine:
         backend: Backend,
         *,
         compute_dtype: torch.dtype,
+        moments: Moments,
         device_memory: int | None,
         window: int,
         micro_batch: int | None,
         keep_graphs: int | None,
         blocks: Sequence[str | nn.Module] | None,
+        kept: Mapping[int, tuple[str, nn.Parameter]],
         train: bool,
         threads: int,
         piece_bytes: int,
-        ring_pieces: int,
+        ring_pieces: int | None,
     ) -> None:
         self.backend = backend
         self.compute_dtype = compute_dtype
         self.train = train
-        self.chunks = partition(model, blocks)
+        self.chunks = partition(model, blocks, kept)
         if not train:
             for chunk in self.chunks:
                 for entry in chunk.entries:
                     entry.trainable = False
         lay_out(self.chunks)
-        self.needs = device_needs(self.chunks, compute_dtype, window, train, GRADIENT_BUFFERS)
+        self._kept_bytes, trained_bytes = kept_bytes(kept.values())
+        kept_needs = self._kept_bytes + (trained_bytes if train else 0)
+        self.needs = device_needs(self.chunks, compute_dtype, window, train, GRADIENT_BUFFERS, kept_needs)
         if device_memory is not None:
-            smallest = device_needs(self.chunks, compute_dtype, 2, train, GRADIENT_BUFFERS)
+            smallest = device_needs(self.chunks, compute_dtype, 2, train, GRADIENT_BUFFERS, kept_needs)
             check_device_budget(self.needs, device_memory, window, smallest)
         else:
             available = backend.available_memory()
@@ -108,7 +116,7 @@ class Engine:
                 # The rest is for what other libraries allocate, and for the allocator's rounding.
                 device_memory = int(available * 0.88)
         self.device_memory = device_memory
-        fused = not backend.is_host and importlib.util.find_spec("triton") is not None
+        fused = not backend.is_host and kernels.INSTALLED
         head = head_costs(self.chunks, compute_dtype, fused)
         if device_memory is not None:
             self.needs = replace(self.needs, head_tile=head.tile_bytes(head.smallest))
@@ -117,14 +125,17 @@ class Engine:
             budget=device_memory,
             needs=self.needs,
             head=head,
-            blocks=sum(c.kind == "block" for c in self.chunks),
+            blocks=[c for c in self.chunks if c.kind == "block"],
             micro_batch=micro_batch,
             keep_graphs=keep_graphs,
         )
         self.window = window
 
         self.pool = _core.ThreadPool(threads)
-        self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train)
+        self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train, moments)
+        for _, parameter in kept.values():
+            parameter.data = parameter.data.to(backend.torch_device)
+        backend.hold(self._kept_bytes)
         self.entries: dict[int, tuple[Chunk, Entry]] = {}
         self._stray_hooks: list[Any] = []
         self._fill_planes()
@@ -151,6 +162,9 @@ class Engine:
             windows.append((addresses, numel * item))
         largest_gradient = max((c.trainable_numel for c in self.chunks), default=0) * item
         piece_bytes = max(4096, min(piece_bytes, -(-largest_gradient // 4096) * 4096))
+        if ring_pieces is None:
+            gradients = sum(c.trainable_numel for c in self.chunks) * item
+            ring_pieces = max(LEAST_RING_PIECES, int(gradients * RING_SHARE) // piece_bytes)
         self.sink = _core.AdamWSink(self.pool) if train else None
         if self.sink is not None:
             self._add_chunks_to_sink(self.sink)
@@ -182,6 +196,9 @@ class Engine:
         self._last_recomputed: weakref.ref[Record] | None = None
         self._live: weakref.WeakSet[Record | HeadRecord] = weakref.WeakSet()
         self._resident_depth = 0
+        self.in_root = False  # a forward that began at a module with blocks is under way
+        self._inferred: list[ScheduledVisit] = []  # visits of this forward without gradients
+        self._own_forwards: dict[nn.Module, Any] = {}  # what modules had in their __dict__ before
         self.uses: list[Use] = []
         self._mode = ""
         self._schedules = {"train": self._first_schedule(), "infer": []}
@@ -225,8 +242,7 @@ class Engine:
             sink.add_chunk(
                 n=chunk.trainable_numel,
                 gradient_float32=not split,
-                exp_avg=planes.exp_avg.address(chunk),
-                exp_avg_sq=planes.exp_avg_sq.address(chunk),
+                **{name: plane.address(chunk) for name, plane in planes.moments.items()},
                 weight=weight if split else 0,
                 residual=planes.residual.address(chunk) if split else 0,
                 weight32=0 if split else weight,
@@ -243,16 +259,23 @@ class Engine:
         for chunk in self.chunks:
             for name, module in chunk.uses:
                 if chunk.kind == "resident":
-                    module.forward = self._scoped(chunk, module.forward)  # type: ignore[method-assign]
+                    self.replace_forward(module, self._scoped(chunk, module.forward))
                     continue
                 use = Use(name, module, chunk, module.forward)
                 self.uses.append(use)
-                module.forward = self._visiting(use)  # type: ignore[method-assign]
+                self.replace_forward(module, self._visiting(use))
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Until `unwrap`."""
+        self._own_forwards.setdefault(module, module.__dict__.get("forward"))
+        module.forward = forward  # type: ignore[method-assign]
 
     def unwrap(self) -> None:
-        for chunk in self.chunks:
-            for _, module in chunk.uses:
+        for module, forward in self._own_forwards.items():
+            if forward is None:
                 module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.refuse_copy()
@@ -265,6 +288,7 @@ class Engine:
         )
 
     def _visiting(self, use: Use) -> Callable[..., Any]:
+        @functools.wraps(use.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self.visits.call(use, args, kwargs)
 
@@ -273,6 +297,7 @@ class Engine:
     def _scoped(self, chunk: Chunk, inner: Callable[..., Any]) -> Callable[..., Any]:
         """Modules around the blocks run with the parameters that they hold themselves on the device."""
 
+        @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._resident_depth:
                 return inner(*args, **kwargs)
@@ -308,6 +333,8 @@ class Engine:
     def holding(self, chunk: Chunk, *, backward: bool) -> Iterator[torch.Tensor]:
         """The slot that holds the chunk's weights, for work enqueued on the current stream inside the context."""
         phase = BACKWARD if backward else FORWARD
+        if self.in_root and self._mode == "infer":
+            self._inferred.append((chunk.index, phase, True, False))
         address = self.scheduler.acquire(chunk.index, phase, self.backend.stream())
         try:
             yield self._slots[address]
@@ -386,9 +413,10 @@ class Engine:
         self.activations.position = 0
 
     def begin_root_forward(self) -> None:
-        """Called when the offloaded model itself is called."""
+        """Called when the offloaded model, or a part of it that holds blocks, is called."""
         self.scheduler.check()
         self.activations.position = 0
+        self._inferred = []
         if not torch.is_grad_enabled():
             self.set_mode("infer")
             return
@@ -402,6 +430,12 @@ class Engine:
         if self.state == "forward" and not self._live:
             # The graphs of earlier forwards were dropped without a backward.
             self._reset_pass()
+
+    def end_root_forward(self) -> None:
+        """Called after a forward: the next one without gradients is expected to make the visits that this one made."""
+        if self._mode == "infer" and self._inferred and self._inferred != self._schedules["infer"]:
+            self._schedules["infer"] = self._inferred
+            self.scheduler.set_schedule(self._inferred)
 
     def forward_visited(self, record: Record | HeadRecord) -> None:
         """A forward visit with a graph was made: its backward is expected."""
@@ -568,8 +602,7 @@ class Engine:
             if entry.step > 0:
                 self.scheduler.synchronize()
                 entry.step = 0
-                for plane in (self.planes.exp_avg, self.planes.exp_avg_sq):
-                    plane.view(chunk, entry).zero_()
+                self.planes.clear_moments(chunk, entry)
 
     def drain(self) -> None:
         """Waits until planes and lanes are at rest; errors of lanes are raised."""
@@ -586,4 +619,5 @@ class Engine:
         for hook in self._stray_hooks:
             hook.remove()
         self.scheduler.close()
+        self.backend.drop(self._kept_bytes)
         self._slots.clear()

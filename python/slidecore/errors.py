@@ -10,7 +10,7 @@ class SlidecoreError(Exception):
 
     `message` says what is wrong; `hint` what to do about it, in a sentence, or nothing where the message does. The
     command line returns `exit_code`: 2 where what was given cannot be used and nothing was started, 1 where a run
-    stopped on its way, 130 after an interrupt.
+    stopped on its way, 130 after an interrupt, 143 after SIGTERM.
     """
 
     exit_code: ClassVar[int] = 1
@@ -37,6 +37,13 @@ class UsageError(SlidecoreError, RuntimeError):
     """A call that this mode cannot honour; the message says what to write instead."""
 
 
+class CheckpointError(SlidecoreError, RuntimeError):
+    """A checkpoint could not be written, or is refused: damaged, incomplete, or of another model.
+
+    The message names the file and the reason. Unless it says so, nothing was changed: neither model nor checkpoints.
+    """
+
+
 class InputError(SlidecoreError, ValueError):
     """A file, a directory or an option given to a command cannot be used; nothing was changed."""
 
@@ -57,3 +64,9 @@ class InterruptedRunError(SlidecoreError):
     """A run was interrupted from the keyboard."""
 
     exit_code = 130
+
+
+class TerminatedRunError(InterruptedRunError):
+    """A run was asked to end, by SIGTERM."""
+
+    exit_code = 143

@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import torch
 
-from slidecore import _core
+from slidecore import _core, kernels
 from slidecore.backend import Backend
 from slidecore.partition import Chunk, Entry
+
+# Gradients that wait to be added in one launch, at most; a large one is worth a launch of its own.
+_PENDING_BYTES = 16 << 20
 
 
 class GradientSum:
@@ -28,6 +31,8 @@ class GradientSum:
         self._flat: torch.Tensor | None = None
         self._wide: torch.Tensor | None = None
         self._contributed: set[Entry] = set()
+        self._pending: dict[Entry, tuple[torch.Tensor, bool]] = {}  # and whether it is the entry's first
+        self._pending_bytes = 0
 
     def _compute_dtype_flat(self) -> torch.Tensor:
         if self._flat is None:
@@ -48,6 +53,7 @@ class GradientSum:
         return self._wide
 
     def _sum(self) -> torch.Tensor:
+        self._add_pending()
         return self._wide if self._wide is not None else self._compute_dtype_flat()
 
     @staticmethod
@@ -56,21 +62,55 @@ class GradientSum:
 
     def wide_view(self, entry: Entry) -> tuple[torch.Tensor, bool]:
         """The float32 sum of `entry` for adding in place, and whether it is still unwritten; it counts as written."""
+        self._add_pending()
         view = self._view(self.widen(), entry)
         fresh = entry not in self._contributed
         self._contributed.add(entry)
         return view, fresh
 
+    def only_view(self, entry: Entry) -> torch.Tensor:
+        """Where the only contribution to `entry` is written, in the compute dtype; it counts as written."""
+        assert self._wide is None
+        assert entry not in self._contributed
+        self._contributed.add(entry)
+        return self._view(self._compute_dtype_flat(), entry)
+
     def add(self, entry: Entry, gradient: torch.Tensor) -> None:
+        first = entry not in self._contributed
+        if kernels.run_for(gradient) and (self._wide is not None or not first):
+            if entry in self._pending:
+                self._add_pending()
+            self.widen()
+            self._contributed.add(entry)
+            self._pending[entry] = (gradient, first)
+            self._pending_bytes += gradient.nbytes
+            if self._pending_bytes >= _PENDING_BYTES:
+                self._add_pending()
+            return
         if entry not in self._contributed:
             self._contributed.add(entry)
             self._view(self._sum(), entry).copy_(gradient)
         else:
             self._view(self.widen(), entry).add_(gradient)
 
+    def _add_pending(self) -> None:
+        if not self._pending:
+            return
+        from slidecore.triton.accumulate import accumulate
+
+        pending, self._pending, self._pending_bytes = self._pending, {}, 0
+        for dtype in {gradient.dtype for gradient, _ in pending.values()}:
+            own = {e: (gradient, first) for e, (gradient, first) in pending.items() if gradient.dtype == dtype}
+            accumulate(
+                self.widen(),
+                [gradient for gradient, _ in own.values()],
+                [entry.offset for entry in own],
+                fresh=[first for _, first in own.values()],
+            )
+
     def scale(self, factor: torch.Tensor) -> None:
         """Multiplies what has come so far by a scalar tensor on the device."""
-        self._sum().mul_(factor)
+        scale(self._sum(), factor)
 
     def add_all(self, other: GradientSum) -> None:
         """Adds another sum for the same chunk."""
@@ -83,12 +123,23 @@ class GradientSum:
 
     def finish(self) -> torch.Tensor:
         """The gradient in the compute dtype, rounded once; regions of absent entries are undefined."""
+        self._add_pending()
         if not self._narrow or self._wide is None:
             return self._sum()
         flat = self._compute_dtype_flat()
         flat.copy_(self._wide)
         self._wide = None
         return flat
+
+
+def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """X *= factor; on a card at no cost where the factor, which only the device knows, is 1."""
+    if kernels.run_for(x) and x.is_contiguous():
+        from slidecore.triton.scale import scale_
+
+        scale_(x, factor)
+    else:
+        x.mul_(factor)
 
 
 class GradientBuffers:

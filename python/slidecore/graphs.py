@@ -75,9 +75,9 @@ _NOT_REPEATABLE = (
 
 
 _OUTSIDE = (
-    "an offloaded module's graph was used outside its backward visit. A tensor from inside the module (kept on an "
-    "attribute, say, or by a hook on a submodule) was differentiated past the module's outputs: return it from the "
-    "module's forward, or detach it"
+    "an offloaded module's graph was used outside its backward visit. A tensor from inside the module (kept in a "
+    "list, say, or by a hook on a submodule) was differentiated past the module's outputs: return it from the "
+    "module's forward, set it as an attribute of the module, or detach it"
 )
 
 
@@ -104,6 +104,9 @@ class _Boundary(torch.autograd.Function):
         return (None, None, *(None for _ in gradients))
 
 
+_BOUNDARY = f"{_Boundary.__name__}Backward"
+
+
 def outliving(slot: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """`output`, copied if it is a view of the weights: the slot is another chunk's as soon as the visit ends."""
     if output.is_nested or output.layout is not torch.strided:
@@ -116,16 +119,21 @@ def outliving(slot: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 class VisitGraph:
     """The graph of one micro-batch of a visit."""
 
-    def __init__(self, keep: bool) -> None:
-        """`keep` keeps saved tensors; otherwise `refill` must run before `backward`."""
+    def __init__(self, keep: bool, known: Sequence[torch.Tensor] = ()) -> None:
+        """`keep` keeps saved tensors; otherwise `refill` must run before `backward`.
+
+        Args:
+            known: tensors whose memory is counted elsewhere.
+        """
         self._keep = keep
         self._holders: list[weakref.ref[_Holder]] = []
         self._slot: torch.Tensor | None = None  # where the weights are
-        self._seen: set[int] = set()
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in known}
         self._phase = _Phase()
         self._gradients: list[torch.Tensor | None] = []
         self._differentiable: list[int] = []
         self._edges: list[Any] = []
+        self._rows: list[bool] = []  # whether an output has a dimension 0 of size one, and more
         self.reads_weights = False
         self.nbytes = 0  # of distinct storages among the saved tensors, weights excluded
 
@@ -192,6 +200,7 @@ class VisitGraph:
                     own[i] = tensor
             outputs = module(own)
         self._edges = [torch.autograd.graph.get_gradient_edge(t) if t.requires_grad else None for t in outputs]
+        self._rows = [t.dim() > 1 and t.shape[0] == 1 for t in outputs]
         self._slot = None
         return [outliving(slot, t.detach()) for t in outputs]
 
@@ -246,6 +255,30 @@ class VisitGraph:
         finally:
             self._phase.backward = False
             self._slot = None
+
+    def differentiable(self, output: int) -> bool:
+        """Whether output number `output` depends, differentiably, on weights or inputs."""
+        return self._edges[output] is not None
+
+    def may_depend(self, output: int, inputs: set[int]) -> bool:
+        """Whether output number `output` may depend on the `inputs`, going by the graph.
+
+        Where nothing can be seen there, only a row that broadcasts over the batch passes.
+        """
+        if self._edges[output] is None or not inputs & set(self._differentiable):
+            return not self._rows[output]
+        todo, seen = [self._edges[output].node], set()
+        while todo:
+            node = todo.pop()
+            for following, number in node.next_functions:
+                if following is None or (following, number) in seen:
+                    continue
+                seen.add((following, number))
+                if following.name() != _BOUNDARY:
+                    todo.append(following)
+                elif self._differentiable[number] in inputs:
+                    return True
+        return False
 
     def guarded(self, add: Callable[..., None]) -> Callable[..., None]:
         """`add`, for the gradients of the graph's weights: an error outside `backward`."""

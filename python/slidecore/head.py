@@ -8,25 +8,22 @@ Anything else that looks at the logits gets real ones.
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from slidecore.gradients import GradientSum
+from slidecore import kernels
+from slidecore.gradients import GradientSum, scale
+from slidecore.partition import Entry
 from slidecore.planner import BYTES_PER_LOGIT_UNFUSED
 from slidecore.visit import Use, check_whole_backward, collect, is_reached, leaves_of, swapped
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
-
-Tile = Callable[[torch.Tensor], torch.Tensor]
-
-_NO_TRITON = importlib.util.find_spec("triton") is None
 
 # What models do to logits between head and loss: elementwise, with scalars only.
 _ELEMENTWISE = {
@@ -37,13 +34,48 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Elementwise:
+    """One of those: `function(logits, *arguments, **options)`."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.function(logits, *self.arguments, **self.options)
+        return out
+
+
+_PRODUCTS = {torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.mul, torch.mul}
+_QUOTIENTS = {torch.Tensor.__truediv__, torch.Tensor.div, torch.div}
+_CASTS = {torch.Tensor.float, torch.Tensor.to}
+
+
+def scale_and_cap(tail: Sequence[Elementwise]) -> tuple[float, float | None] | None:
+    """(inner, outer) if the tail is inner * x, or outer * tanh(inner * x) (soft-capping); None if it is neither."""
+    inner, outer = 1.0, None
+    for step in tail:
+        function, number = step.function, step.arguments[0] if step.arguments else None
+        if function in (torch.Tensor.tanh, torch.tanh) and outer is None:
+            outer = 1.0
+        elif function in _PRODUCTS | _QUOTIENTS and isinstance(number, (int, float)) and not step.options:
+            if function in _QUOTIENTS and number == 0:
+                return None
+            factor = 1 / number if function in _QUOTIENTS else float(number)
+            inner, outer = (inner * factor, None) if outer is None else (inner, outer * factor)
+        elif function not in _CASTS:
+            return None
+    return inner, outer
+
+
 class DeferredLogits(torch.Tensor):
     """Logits of `hidden` that are computed when somebody looks at them. Shape and dtype are the real ones."""
 
     hidden: torch.Tensor
     use: Use
     engine: Engine
-    tail: tuple[Tile, ...]
+    tail: tuple[Elementwise, ...]
 
     @staticmethod
     def make(engine: Engine, use: Use, hidden: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> DeferredLogits:
@@ -51,7 +83,12 @@ class DeferredLogits(torch.Tensor):
 
     @staticmethod
     def _of(
-        engine: Engine, use: Use, hidden: torch.Tensor, shape: torch.Size, dtype: torch.dtype, tail: tuple[Tile, ...]
+        engine: Engine,
+        use: Use,
+        hidden: torch.Tensor,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        tail: tuple[Elementwise, ...],
     ) -> DeferredLogits:
         made: DeferredLogits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             DeferredLogits, shape, dtype=dtype, device=hidden.device
@@ -95,15 +132,13 @@ class DeferredLogits(torch.Tensor):
             rest = args[1:]
             dtype = func(torch.empty(0, dtype=me.dtype, device="meta"), *rest, **kwargs).dtype
 
-            def apply(tile: torch.Tensor) -> torch.Tensor:
-                out: torch.Tensor = func(tile, *rest, **kwargs)
-                return out
-
             moves = func is torch.Tensor.to and any(
                 isinstance(a, (str, torch.device)) for a in (*rest, *kwargs.values())
             )
             if not moves:
-                return cls._of(me.engine, me.use, me.hidden, me.shape, dtype, (*me.tail, apply))
+                return cls._of(
+                    me.engine, me.use, me.hidden, me.shape, dtype, (*me.tail, Elementwise(func, rest, kwargs))
+                )
         real = {id(a): a.materialise() for a in _deferred((args, kwargs))}
         return func(*_replace(args, real), **_replace(kwargs, real))
 
@@ -165,7 +200,7 @@ class HeadRecord:
     engine: Engine
     use: Use
     labels: torch.Tensor
-    tail: tuple[Tile, ...]
+    tail: tuple[Elementwise, ...]
     tile_tokens: int
     ignore_index: int
     divisor: torch.Tensor
@@ -210,19 +245,78 @@ class HeadLoss(torch.autograd.Function):
         hidden_gradient, record.hidden_gradient = record.hidden_gradient, None
         engine.count_backward(record.use.chunk, read_weights=False)
         if hidden_gradient is not None:
-            hidden_gradient.mul_(factor)
+            scale(hidden_gradient, factor)
         return None, None, hidden_gradient
+
+
+def _fused_weight(record: HeadRecord, flat: torch.Tensor) -> Entry | None:
+    """The weight, if the head is a linear layer and what follows it something that the fused operation can do."""
+    use = record.use
+    module: Any = use.module
+    if (
+        not kernels.run_for(flat)
+        or type(module) is not torch.nn.Linear
+        or module._parameters["bias"] is not None
+        or getattr(use.forward, "__func__", None) is not torch.nn.Linear.forward
+        or flat.dtype != record.engine.compute_dtype
+        or torch.is_autocast_enabled(flat.device.type)
+        or scale_and_cap(record.tail) is None
+    ):
+        return None
+    return next((e for e in use.chunk.entries if (use.module, "weight") in e.owners), None)
+
+
+@torch.no_grad()
+def _run_fused(
+    record: HeadRecord, entry: Entry, flat: torch.Tensor, gradient: GradientSum | None, wants_hidden: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss and the hidden states' gradient. Each tile's products go straight to where they are summed."""
+    from slidecore.triton.cross_entropy import LossOptions
+    from slidecore.triton.linear_cross_entropy import linear_cross_entropy_into
+
+    engine, tile = record.engine, min(record.tile_tokens, max(1, len(flat)))
+    cap = scale_and_cap(record.tail)
+    assert cap is not None
+    of_weight, fresh = None, True
+    if gradient is not None and entry.trainable:
+        if len(flat) > tile:
+            of_weight, fresh = gradient.wide_view(entry)
+        else:
+            of_weight = gradient.only_view(entry)
+    of_hidden = torch.empty_like(flat) if wants_hidden else None
+    held = tile * entry.shape[0] * flat.element_size()
+    engine.backend.hold(held)
+    with engine.holding(record.use.chunk, backward=False) as slot:
+        losses, _ = linear_cross_entropy_into(
+            flat,
+            slot[entry.offset : entry.offset + entry.numel].view(entry.shape),
+            record.labels,
+            record.divisor,
+            LossOptions(record.ignore_index, record.label_smoothing, 0.0, *cap),
+            tile=tile,
+            hidden_gradient=of_hidden,
+            weight_gradient=of_weight,
+            fresh=fresh,
+        )
+    engine.backend.drop(held)
+    return losses.sum(), of_hidden
 
 
 def _run_tiles(record: HeadRecord, hidden: torch.Tensor, wants_gradient: bool, wants_hidden: bool) -> torch.Tensor:
     engine, chunk = record.engine, record.use.chunk
     flat, labels = hidden.detach().reshape(-1, hidden.shape[-1]), record.labels
     trains = wants_gradient and any(e.trainable for e in chunk.entries)
-    total = torch.zeros((), dtype=torch.float32, device=flat.device)
-    hidden_gradient = torch.zeros_like(flat) if wants_hidden else None
     # The last step's gradients have landed, as this forward's weights are their updates'; their memory is wanted now.
     engine.gradient_buffers.release(engine.scheduler)
     gradient = engine.new_sum(chunk) if trains else None
+    entry = _fused_weight(record, flat)
+    if entry is not None:
+        total, of_hidden = _run_fused(record, entry, flat, gradient, wants_hidden)
+        record.gradient = gradient
+        record.hidden_gradient = None if of_hidden is None else of_hidden.view(hidden.shape)
+        return total
+    total = torch.zeros((), dtype=torch.float32, device=flat.device)
+    hidden_gradient = torch.zeros_like(flat) if wants_hidden else None
     if gradient is not None and flat.shape[0] > record.tile_tokens:
         gradient.widen()
     with engine.holding(chunk, backward=False) as slot:
@@ -257,7 +351,7 @@ def _loss_of_tile(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The tile's share of the loss, and its gradient with respect to the logits, in their dtype."""
     ignore_index, label_smoothing = record.ignore_index, record.label_smoothing
-    if not wants_gradient or not logits.is_cuda or _NO_TRITON:
+    if not wants_gradient or not kernels.run_for(logits):
         with torch.set_grad_enabled(wants_gradient):
             leaf = logits.detach().requires_grad_(wants_gradient)
             loss = F.cross_entropy(

@@ -6,17 +6,20 @@ import atexit
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from slidecore import roots
 from slidecore.backend import Backend
 from slidecore.engine import Engine, engines
 from slidecore.errors import ModelError, UsageError
 from slidecore.integrations import huggingface, liger
 from slidecore.integrations.liger import Kernels
+from slidecore.kept import Keep, choose
+from slidecore.partition import Chunk, Entry
+from slidecore.planes import Moments
 from slidecore.sizes import parse_size
 
 logger = logging.getLogger("slidecore")
@@ -47,16 +50,18 @@ def offload(
     *,
     device: str | torch.device = "auto",
     compute_dtype: torch.dtype | None = None,
+    moments: Moments = "float32",
     device_memory: int | float | str | None = None,
     window: int = 2,
     micro_batch: int | Literal["auto"] = "auto",
     keep_graphs: int | Literal["auto"] = "auto",
     blocks: Sequence[str | nn.Module] | None = None,
+    keep: Keep | None = None,
     train: bool = True,
     kernels: Kernels = "auto",
     threads: int = 0,
     piece_bytes: int = 16 << 20,
-    ring_pieces: int = 8,
+    ring_pieces: int | Literal["auto"] = "auto",
 ) -> Model:
     """Makes `model` compute on `device` with its weights in host memory, in place; returns the same object.
 
@@ -66,19 +71,28 @@ def offload(
         device: "auto" (a card if PyTorch sees one, else the host backend), "cuda", "cuda:1", or "cpu" (host backend).
         compute_dtype: torch.bfloat16 or torch.float32; None takes float32 on the host backend for a float32 model and
             bfloat16 otherwise.
+        moments: what the optimizer's moments are kept in: "float32" (8 bytes a parameter), or "8bit" (2.0625 bytes; the
+            update moves 14 bytes a parameter instead of 26). 8-bit moments are rounded at every step; docs/numerics.md
+            has the format, docs/moments.md its loss curves beside those of float32.
         device_memory: bytes (or "20GiB") of device memory to stay within; None takes what the card has free.
         window: slots of the window that blocks slide through; 2 overlaps copies with compute.
         micro_batch: samples a visit computes at once; "auto" takes what the budget allows.
         keep_graphs: how many of the last blocks keep their graph instead of recomputing; "auto" as the budget allows.
         blocks: names or modules of the blocks, where the structure does not show them.
+        keep: parameters that stay ordinary ones on the device, for an optimizer of torch.optim: a list of their names,
+            of modules (or their names) or of parameters, or a function of (name, parameter) that says so. None keeps
+            the adapters of a PEFT model and whatever else of it is trained; [] nothing. Their bytes (of trained ones:
+            with gradients and two moments) count as device memory; their dtypes stay as they are.
         train: False allocates no optimizer state and no gradients: for inference alone.
         kernels: "liger" runs the layers of models that Liger-Kernel knows with its kernels, "torch" as they are; "auto"
             takes Liger-Kernel on a card where it is installed.
         threads: of the CPU update; 0 for all usable CPUs less one.
-        piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in.
+        piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in. "auto" makes room
+            for an eighth of the gradients: that much of the update goes on during the next forward.
 
     Raises:
-        ModelError: no blocks were found, the model is offloaded already, or a block shares a parameter.
+        ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, or `keep` names
+            what the model does not have.
         BudgetError: `device_memory` is too small; the message says the smallest that works.
         ValueError: an argument is out of its range.
         UsageError: the device is not usable.
@@ -98,8 +112,8 @@ def offload(
             raise ValueError(f"{name}={number!r} must be 'auto' or a whole number of at least {least}")
     if piece_bytes < 1 or (piece_bytes > 4096 and piece_bytes % 4096):
         raise ValueError(f"piece_bytes={piece_bytes} must be a multiple of 4096 (or less, which means 4096)")
-    if ring_pieces < 2:
-        raise ValueError(f"ring_pieces={ring_pieces} must be at least 2")
+    if ring_pieces != "auto" and (not isinstance(ring_pieces, int) or ring_pieces < 2):
+        raise ValueError(f"ring_pieces={ring_pieces!r} must be 'auto' or a whole number of at least 2")
     if threads < 0:
         raise ValueError(f"threads={threads} must be at least 0 (0 for all usable CPUs less one)")
     budget = None if device_memory is None else parse_size(device_memory, "device_memory")
@@ -112,25 +126,31 @@ def offload(
         raise ValueError(_NO_FLOAT16)
     if compute_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"compute_dtype={compute_dtype} is not supported; use torch.bfloat16 or torch.float32")
+    if moments not in get_args(Moments):
+        raise ValueError(f"moments={moments!r} must be one of {', '.join(map(repr, get_args(Moments)))}")
     if kernels not in ("auto", "liger", "torch"):
         raise ValueError(f"kernels={kernels!r} must be 'auto', 'liger' or 'torch'")
+    kept = choose(model, keep)
     undo_kernels = liger.apply(model, kernels, on_card=not backend.is_host)
     engine = Engine(
         model,
         backend,
         compute_dtype=compute_dtype,
+        moments=moments,
         device_memory=budget,
         window=window,
         micro_batch=None if micro_batch == "auto" else micro_batch,
         keep_graphs=None if keep_graphs == "auto" else keep_graphs,
         blocks=blocks,
+        kept=kept,
         train=train,
         threads=threads,
         piece_bytes=piece_bytes,
-        ring_pieces=ring_pieces,
+        ring_pieces=None if ring_pieces == "auto" else ring_pieces,
     )
     _move_buffers(model, backend.torch_device)
     engine.wrap()
+    roots.wrap(model, engine)
     model.__dict__[_ATTRIBUTE] = engine
     _hook(model, engine)
     huggingface.attach(model, engine)
@@ -147,17 +167,6 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _hook(model: nn.Module, engine: Engine) -> None:
-    device = engine.backend.torch_device
-
-    def to_device(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        engine.begin_root_forward()
-        if device.type == "cpu":
-            return args, kwargs
-        return pytree.tree_map(to_device, args), pytree.tree_map(to_device, kwargs)
-
     def loaded(module: nn.Module, _: Any) -> None:
         for parameter in module._parameters.values():
             if id(parameter) in engine.entries:
@@ -185,7 +194,7 @@ def _hook(model: nn.Module, engine: Engine) -> None:
             )
         return model  # where weights compute is slidecore's business; their masters stay in host memory
 
-    handles = [model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)]
+    handles: list[Any] = []
     for part in model.modules():  # whose state may be asked for, or loaded, by itself
         handles += [
             part.register_state_dict_pre_hook(settle),
@@ -268,15 +277,11 @@ def assign_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     float32 values are kept exactly (bf16 weight and residual).
 
     Raises:
-        ModelError: there is no such parameter, or shape or dtype do not fit.
+        ModelError: there is no such parameter, it is kept on the device, or shape or dtype do not fit.
         UsageError: `model` is not offloaded.
     """
     engine = engine_of(model)
-    try:
-        parameter = model.get_parameter(name)
-    except AttributeError as error:
-        raise ModelError(f"the model has no parameter named {name!r}") from error
-    chunk, entry = engine.entries[id(parameter)]
+    chunk, entry = _entry_of(model, engine, name)
     engine.scheduler.synchronize()
     engine.planes.write(chunk, entry, tensor)
     engine.scheduler.invalidate(chunk.index)
@@ -286,16 +291,23 @@ def master_parameter(model: nn.Module, name: str) -> torch.Tensor:
     """The float32 master value of parameter `name`, a copy in host memory.
 
     Raises:
-        ModelError: there is no such parameter.
+        ModelError: there is no such parameter, or it is kept on the device.
         UsageError: `model` is not offloaded.
     """
     engine = engine_of(model)
+    chunk, entry = _entry_of(model, engine, name)
+    engine.scheduler.synchronize()
+    return engine.planes.master(chunk, entry)
+
+
+def _entry_of(model: nn.Module, engine: Engine, name: str) -> tuple[Chunk, Entry]:
     try:
         parameter = model.get_parameter(name)
     except AttributeError as error:
         raise ModelError(f"the model has no parameter named {name!r}") from error
-    engine.scheduler.synchronize()
-    return engine.planes.master(*engine.entries[id(parameter)])
+    if id(parameter) not in engine.entries:
+        raise ModelError(f"parameter {name!r} is kept on the device: it has no master, read or change it directly")
+    return engine.entries[id(parameter)]
 
 
 @dataclass(frozen=True)

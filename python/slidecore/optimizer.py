@@ -17,7 +17,8 @@ from slidecore.partition import Entry
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) for the parameters of offloaded models.
 
-    Defaults and arithmetic are those of `torch.optim.AdamW`; master weights and moments are float32 in host memory.
+    Defaults and arithmetic are those of `torch.optim.AdamW`; master weights and moments are float32 in host memory
+    (moments in 8 bits where `slidecore.offload(..., moments="8bit")` says so).
 
     When the update happens:
 
@@ -136,7 +137,8 @@ class AdamW(torch.optim.Optimizer):
 
     def options(self) -> list[object]:
         """What the groups' options are now, for comparison."""
-        groups = [tuple(group[key] for key in self.defaults) for group in self.param_groups]
+        # load_state_dict of torch adds to `defaults` what groups need not have.
+        groups = [tuple(group.get(key) for key in self.defaults) for group in self.param_groups]
         return [*groups, self.max_grad_norm, self.skip_nonfinite]
 
     def hyper_parameters(self) -> dict[Entry, _core.AdamWHyper]:
@@ -204,8 +206,9 @@ class AdamW(torch.optim.Optimizer):
 
         The state of a parameter that has been updated: "step" (float32 scalar), "exp_avg" and "exp_avg_sq", and with
         bfloat16 weights "residual" (int16), what the float32 master has beyond the weight; once any parameter has been
-        updated, those of the groups that have not are there for their residuals. These are views of the planes, no
-        copies: save them, or clone them, before the next step.
+        updated, those of the groups that have not are there for their residuals. 8-bit moments are their codes (int8,
+        uint8), with "exp_avg_scale" and "exp_avg_sq_scale". These are views of the planes, no copies: save them, or
+        clone them, before the next step.
         """
         engine = self._offloaded()
         engine.drain()
@@ -242,8 +245,7 @@ class AdamW(torch.optim.Optimizer):
                 _check_state(entry, engine.planes.state_of(chunk, entry), state)
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            group.setdefault("maximize", self.defaults["maximize"])
         for (chunk, entry), state in found.items():
             if not entry.trainable:
                 continue
@@ -264,7 +266,7 @@ class AdamW(torch.optim.Optimizer):
                 f"{sizes}; make the groups as they were when it was saved"
             )
         for group in groups:
-            missing = self.defaults.keys() - {"maximize"} - group.keys()
+            missing = {"lr", "betas", "eps", "weight_decay"} - group.keys()
             if missing:
                 raise ValueError(f"the state's groups lack {sorted(missing)}: it is of another kind of optimizer")
             if group.get("amsgrad") or not group.get("decoupled_weight_decay", True):
@@ -296,7 +298,7 @@ def _check_state(entry: Entry, planes: dict[str, torch.Tensor], state: dict[str,
     for name, plane in planes.items():
         if name not in state:
             if name == "residual":
-                continue  # of another optimizer: the master is the weight
+                continue  # of another optimizer: the master stays as it is
             raise ValueError(f"the state of {entry.name} lacks {name!r}; it has {sorted(state)}")
         if state[name].shape != plane.shape or (state[name].is_floating_point() != plane.is_floating_point()):
             raise ValueError(

@@ -8,7 +8,7 @@ the device while that module runs (a "resident" chunk).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,13 +47,15 @@ class Chunk:
     trainable_numel: int = 0  # elements of residual, moments and gradient: the trainable entries come first
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+Ids = Collection[int]  # of parameters
 
 
-def _run_of(container: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The longest run of same-class children with parameters; empty if there are not two of them."""
-    children = [(n, m) for n, m in container.named_children() if _has_parameters(m)]
+def _has_parameters(module: nn.Module, kept: Ids) -> bool:
+    return any(id(p) not in kept for p in module.parameters())
+
+
+def _run_of(children: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The longest run of same-class modules; empty if there are not two of them."""
     best: list[tuple[str, nn.Module]] = []
     start = 0
     for i in range(1, len(children) + 1):
@@ -64,22 +66,24 @@ def _run_of(container: nn.Module) -> list[tuple[str, nn.Module]]:
     return best if len(best) >= 2 else []
 
 
-def _find_runs(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+def _find_runs(module: nn.Module, prefix: str, kept: Ids) -> list[tuple[str, nn.Module]]:
     """All blocks below `module`, outermost runs only, in the order in which they are registered."""
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
-        run = _run_of(module)
-        # A ModuleList is a list of peers: blocks of several classes in it (hybrid models) are one run.
-        if run and isinstance(module, nn.ModuleList):
-            run = [(n, m) for n, m in module.named_children() if _has_parameters(m)]
+        run = children = [(n, m) for n, m in module.named_children() if _has_parameters(m, kept)]
+        # A ModuleList is a list of peers: blocks of several classes in it (hybrid models, where attention and other
+        # blocks take turns) are one run.
+        peers = isinstance(module, nn.ModuleList) and len({type(m) for _, m in children}) < len(children)
+        if not peers:
+            run = _run_of(children)
         if run:
             return [(f"{prefix}{n}", m) for n, m in run]
     blocks: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
-        blocks += _find_runs(child, f"{prefix}{name}.")
+        blocks += _find_runs(child, f"{prefix}{name}.", kept)
     return blocks
 
 
-def _explicit_blocks(model: nn.Module, blocks: Sequence[str | nn.Module]) -> list[tuple[str, nn.Module]]:
+def _explicit_blocks(model: nn.Module, blocks: Sequence[str | nn.Module], kept: Ids) -> list[tuple[str, nn.Module]]:
     names = {id(m): n for n, m in model.named_modules()}
     found: list[tuple[str, nn.Module]] = []
     for block in blocks:
@@ -94,8 +98,8 @@ def _explicit_blocks(model: nn.Module, blocks: Sequence[str | nn.Module]) -> lis
         else:
             raise ModelError(f"blocks: a {type(block).__name__} given there is not a module of this model")
     for name, module in found:
-        if not _has_parameters(module):
-            raise ModelError(f"blocks: {name!r} has no parameters")
+        if not _has_parameters(module, kept):
+            raise ModelError(f"blocks: {name!r} has no parameters" + (" but kept ones" if kept else ""))
         inside = [n for n, _ in found if n.startswith(name + ".")]
         if inside:
             raise ModelError(f"blocks: {inside[0]!r} lies inside {name!r}; a parameter can be in one chunk only")
@@ -113,7 +117,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
     return owners
 
 
-def _groups(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[Chunk]:
+def _groups(model: nn.Module, blocks: list[tuple[str, nn.Module]], kept: Ids) -> list[Chunk]:
     """Chunks in registration order: blocks, the edges around them, and what modules around the blocks hold directly."""
     block_ids = {id(m) for _, m in blocks}
     around = {
@@ -135,11 +139,11 @@ def _groups(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[Chunk
             close_edge()
             chunks.append(Chunk(name=name, kind="block", uses=[(name, module)]))
         elif id(module) in around:
-            if any(p is not None for p in module._parameters.values()):
+            if any(p is not None and id(p) not in kept for p in module._parameters.values()):
                 resident.append((name, module))
             for child_name, child in module.named_children():
                 walk(child, f"{name}.{child_name}" if name else child_name)
-        elif _has_parameters(module):
+        elif _has_parameters(module, kept):
             edge.append((name, module))
 
     walk(model, "")
@@ -149,26 +153,27 @@ def _groups(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[Chunk
     return chunks
 
 
-def _own_parameters(chunk: Chunk) -> Iterable[nn.Parameter]:
+def _own_parameters(chunk: Chunk, kept: Ids) -> Iterable[nn.Parameter]:
     for _, module in chunk.uses:
-        yield from module.parameters(recurse=chunk.kind != "resident")
+        yield from (p for p in module.parameters(recurse=chunk.kind != "resident") if id(p) not in kept)
 
 
-def _merge_tied(chunks: list[Chunk]) -> list[Chunk]:
+def _merge_tied(model: nn.Module, chunks: list[Chunk], kept: Ids) -> list[Chunk]:
     """Edges that share a parameter become one chunk with several uses; a block shares with nobody."""
     holder: dict[int, Chunk] = {}
     merged = list(chunks)
     for chunk in chunks:
         current = chunk
-        for parameter in list(_own_parameters(chunk)):
+        for parameter in list(_own_parameters(chunk, kept)):
             other = holder.setdefault(id(parameter), current)
             if other is current:
                 continue
             if "block" in (other.kind, current.kind) or other.kind != current.kind:
+                name = next(n for n, p in model.named_parameters() if p is parameter)
                 raise ModelError(
                     f"a parameter of shape {tuple(parameter.shape)} is shared between {other.name!r} and "
-                    f"{current.name!r}; a block cannot share parameters with another chunk. Untie them, or give "
-                    f"`blocks=` such that they lie in one block"
+                    f"{current.name!r}; a block cannot share parameters with another chunk. Untie them, keep the "
+                    f"parameter on the device (keep=[{name!r}]), or give `blocks=` such that they lie in one block"
                 )
             other.uses += [use for use in current.uses if all(use[1] is not u[1] for u in other.uses)]
             other.name = "+".join(n for n, _ in other.uses)
@@ -180,30 +185,31 @@ def _merge_tied(chunks: list[Chunk]) -> list[Chunk]:
     return merged
 
 
-def partition(model: nn.Module, blocks: Sequence[str | nn.Module] | None = None) -> list[Chunk]:
+def partition(model: nn.Module, blocks: Sequence[str | nn.Module] | None = None, kept: Ids = ()) -> list[Chunk]:
     """Returns the model's chunks in registration order, with their entries; `index` and layout are not yet set.
 
     Args:
         model: any module; not changed.
         blocks: names or modules to take as blocks instead of the runs found by structure.
+        kept: ids of parameters that are left out.
 
     Raises:
         ModelError: no blocks were found, `blocks` does not fit the model, or a block shares a parameter with
             another chunk (both are named).
     """
-    found = _find_runs(model, "") if blocks is None else _explicit_blocks(model, blocks)
+    found = _find_runs(model, "", kept) if blocks is None else _explicit_blocks(model, blocks, kept)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no repeated blocks (two or more modules of one class in a ModuleList or "
             f"Sequential), so there is nothing to slide through the window. Give them by name: "
             f"slidecore.offload(model, blocks=['stage1', 'stage2'])"
         )
-    chunks = _merge_tied(_groups(model, found))
+    chunks = _merge_tied(model, _groups(model, found, kept), kept)
     owners = _owners(model)
     for index, chunk in enumerate(chunks):
         chunk.index = index
         seen: set[int] = set()
-        for parameter in _own_parameters(chunk):
+        for parameter in _own_parameters(chunk, kept):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))

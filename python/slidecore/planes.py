@@ -8,6 +8,7 @@ Trainable entries come first, so that gradient, residual and moments cover a pre
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -15,8 +16,12 @@ from slidecore import _core
 from slidecore.errors import ModelError
 from slidecore.partition import Chunk, Entry
 
-ENTRY_ALIGNMENT = 128
+ENTRY_ALIGNMENT = _core.MOMENTS_GROUP
 PAGE_BYTES = 4096
+# Planes with one element for a whole group.
+_SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+
+Moments = Literal["float32", "8bit"]
 
 
 def _round_up(n: int, to: int) -> int:
@@ -37,36 +42,51 @@ def lay_out(chunks: Sequence[Chunk]) -> None:
         chunk.numel = offset
 
 
-def _kinds(compute_dtype: torch.dtype, train: bool) -> dict[str, torch.dtype]:
+def _kinds(compute_dtype: torch.dtype, train: bool, moments: Moments) -> dict[str, torch.dtype]:
     """The planes of a model and their dtypes; all but `weight` cover the trainable entries only."""
     kinds = {"weight": compute_dtype}
     if train:
         if compute_dtype != torch.float32:
             kinds["residual"] = torch.int16
-        kinds |= {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+        if moments == "float32":
+            kinds |= {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+        else:
+            kinds |= {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, **dict.fromkeys(_SCALES, torch.float32)}
     return kinds
 
 
+def _group(kind: str) -> int:
+    return ENTRY_ALIGNMENT if kind in _SCALES else 1
+
+
 def _numels(chunks: Sequence[Chunk], kind: str) -> list[int]:
-    return [c.numel if kind == "weight" else c.trainable_numel for c in chunks]
+    return [(c.numel if kind == "weight" else c.trainable_numel) // _group(kind) for c in chunks]
 
 
-def state_bytes(chunks: Sequence[Chunk], compute_dtype: torch.dtype, train: bool = True) -> int:
+def state_bytes(
+    chunks: Sequence[Chunk], compute_dtype: torch.dtype, train: bool = True, moments: Moments = "float32"
+) -> int:
     """Host bytes of all planes of laid-out `chunks`."""
     return sum(
         _round_up(numel * dtype.itemsize, PAGE_BYTES)
-        for kind, dtype in _kinds(compute_dtype, train).items()
+        for kind, dtype in _kinds(compute_dtype, train, moments).items()
         for numel in _numels(chunks, kind)
     )
 
 
 class Plane:
-    """One flat plane; `start[i]` is the first element of chunk i, `numels[i]` how many it has."""
+    """One flat plane; `start[i]` is the first element of chunk i, `numels[i]` how many it has.
 
-    def __init__(self, device: _core.Device, numels: Sequence[int], dtype: torch.dtype, pinned: bool) -> None:
+    An element stands for `group` parameters.
+    """
+
+    def __init__(
+        self, device: _core.Device, numels: Sequence[int], dtype: torch.dtype, pinned: bool, group: int = 1
+    ) -> None:
         self.start: list[int] = []
         self.numels = list(numels)
         self.itemsize = dtype.itemsize
+        self.group = group
         total = 0
         for numel in numels:
             self.start.append(total)
@@ -83,8 +103,10 @@ class Plane:
         return self.buffer.address + self.start[chunk.index] * self.itemsize
 
     def view(self, chunk: Chunk, entry: Entry) -> torch.Tensor:
-        begin = self.start[chunk.index] + entry.offset
-        return self.flat[begin : begin + entry.numel].view(entry.shape)
+        """The entry's part, in its shape; of a plane of groups, flat."""
+        begin = self.start[chunk.index] + entry.offset // self.group
+        part = self.flat[begin : begin + -(-entry.numel // self.group)]
+        return part.view(entry.shape) if self.group == 1 else part
 
 
 class Planes:
@@ -97,23 +119,21 @@ class Planes:
         chunks: Sequence[Chunk],
         compute_dtype: torch.dtype,
         train: bool,
+        moments: Moments = "float32",
     ) -> None:
         self.compute_dtype = compute_dtype
         self.grad: Plane | None = None
         self._device = device
         self._trainable = [c.trainable_numel for c in chunks]
         self._pool = pool
-        kinds = _kinds(compute_dtype, train)
-
-        def plane(kind: str) -> Plane:
-            numels = _numels(chunks, kind) if kind in kinds else []
-            return Plane(device, numels, kinds.get(kind, torch.float32), pinned=kind == "weight")
-
-        self.weight = plane("weight")
-        self.residual = plane("residual")
-        self.exp_avg = plane("exp_avg")
-        self.exp_avg_sq = plane("exp_avg_sq")
-        self._all: dict[str, Plane] = {kind: getattr(self, kind) for kind in kinds}
+        kinds = _kinds(compute_dtype, train, moments)
+        self._all = {
+            kind: Plane(device, _numels(chunks, kind), dtype, kind == "weight", _group(kind))
+            for kind, dtype in kinds.items()
+        }
+        self.weight = self._all["weight"]
+        self.residual = self._all.get("residual", Plane(device, [], torch.int16, pinned=False))
+        self.moments = {kind: p for kind, p in self._all.items() if kind.startswith("exp_avg")}
 
     @property
     def nbytes(self) -> int:
@@ -131,14 +151,15 @@ class Planes:
         """The chunk's part of every plane that it has, by the plane's name, in a fixed order.
 
         Each is a flat view that begins at a whole page: of `chunk.numel` elements for `weight`, of
-        `chunk.trainable_numel` for the others. Padding between entries is in it, and is zero. Planes of which
-        the chunk has nothing (those of the update, if all of it is frozen or the model does not train) are left out.
-        Pending updates write to these views: `drain()` the engine first.
+        `chunk.trainable_numel` for the others, and of one for each 128 of these for the scales of 8-bit moments.
+        Padding between entries is in it, and is zero. Planes of which the chunk has nothing (those of the update, if
+        all of it is frozen or the model does not train) are left out. Pending updates write to these views: `drain()`
+        the engine first.
         """
         return {name: plane.of(chunk) for name, plane in self._all.items() if plane.numels[chunk.index]}
 
     def state_of(self, chunk: Chunk, entry: Entry) -> dict[str, torch.Tensor]:
-        """The entry's part of every plane but `weight`, in its shape; views."""
+        """The entry's part of every plane but `weight`, in its shape (scales of 8-bit moments flat); views."""
         return {name: plane.view(chunk, entry) for name, plane in self._all.items() if name != "weight"}
 
     def write(self, chunk: Chunk, entry: Entry, value: torch.Tensor) -> None:
@@ -175,3 +196,7 @@ class Planes:
         """Makes the master value equal to the weight: the weight was written by somebody else."""
         if self.residual.start and entry.trainable:
             self.residual.view(chunk, entry).zero_()
+
+    def clear_moments(self, chunk: Chunk, entry: Entry) -> None:
+        for plane in self.moments.values():
+            plane.view(chunk, entry).zero_()

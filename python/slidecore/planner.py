@@ -24,12 +24,13 @@ class DeviceNeeds:
     resident: int
     block_gradients: int
     edge_gradients: int
+    kept: int = 0  # kept parameters, with gradients and moments of those that are trained
     head_tile: int = 0  # the smallest tile's logits, and the tile's own gradient of the head's weight
 
     @property
     def fixed(self) -> int:
         """Always allocated."""
-        return self.slots + self.edge_slot + self.resident
+        return self.slots + self.edge_slot + self.resident + self.kept
 
     @property
     def total(self) -> int:
@@ -43,13 +44,18 @@ class DeviceNeeds:
 
 
 def device_needs(
-    chunks: Sequence[Chunk], compute_dtype: torch.dtype, window: int, train: bool, gradient_buffers: int
+    chunks: Sequence[Chunk],
+    compute_dtype: torch.dtype,
+    window: int,
+    train: bool,
+    gradient_buffers: int,
+    kept: int = 0,
 ) -> DeviceNeeds:
     """Adds up slots and gradients.
 
     A gradient exists in the compute dtype on its way down, and in float32 while several contributions are summed. While
     a block's is made, the head's may still be on its way down, and the sums of tied edges and of resident parameters
-    wait for their last contribution.
+    wait for their last contribution. `kept` are the bytes of kept parameters.
     """
     item = compute_dtype.itemsize
 
@@ -70,6 +76,7 @@ def device_needs(
         resident=largest("resident") * item,
         block_gradients=blocks,
         edge_gradients=edges,
+        kept=kept,
     )
 
 
@@ -119,11 +126,17 @@ def check_device_budget(needs: DeviceNeeds, budget: int, window: int, smallest: 
     if needs.total <= budget:
         return
     hint = f", or window=2 with at least {format_size(smallest.total)}" if smallest.total < needs.total else ""
+    gradients = max(needs.block_gradients, needs.edge_gradients)
+    parts = {
+        f"a window of {window} slots takes": needs.slots,
+        "the slot of embedding and head": needs.edge_slot,
+        "resident parameters": needs.resident,
+        "kept parameters (if trained, with gradients and moments)": needs.kept,
+        "gradients up to": gradients,
+    }
+    told = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
     raise BudgetError(
-        f"device_memory={format_size(budget)} ({budget} bytes) is too small: a window of {window} slots takes "
-        f"{format_size(needs.slots)}, the slot of embedding and head {format_size(needs.edge_slot)}, resident "
-        f"parameters {format_size(needs.resident)}, gradients up to "
-        f"{format_size(max(needs.block_gradients, needs.edge_gradients))}. Use device_memory of at least "
+        f"device_memory={format_size(budget)} ({budget} bytes) is too small: {told}. Use device_memory of at least "
         f"{needs.total} bytes ({format_size(needs.total)}), plus room for activations{hint}"
     )
 
@@ -138,15 +151,33 @@ class ActivationPlan:
     head_logits: int = UNLIMITED_LOGITS  # tokens x vocabulary of a tile of the head
 
 
+@dataclass(frozen=True)
+class BlockCosts:
+    """What one block's visit leaves on the device if it may."""
+
+    input_bytes: int  # of its differentiable inputs, for the whole batch
+    graph_bytes_per_sample: int
+    batch: int  # samples
+
+    @property
+    def graph_bytes(self) -> int:
+        """What its graph saves for the whole batch."""
+        return self.graph_bytes_per_sample * self.batch
+
+    def maximum(self, other: BlockCosts) -> BlockCosts:
+        """Costs that neither exceeds."""
+        graph = max(self.graph_bytes, other.graph_bytes)
+        return BlockCosts(max(self.input_bytes, other.input_bytes), graph, 1)
+
+
 def plan_activations(
     *,
     budget: int | None,
     needs: DeviceNeeds,
     head: HeadCosts,
     blocks: int,
-    batch: int,
-    input_bytes: int,
-    graph_bytes_per_sample: int,
+    block: BlockCosts,
+    largest: BlockCosts | None,
     micro_batch: int | None,
     keep_graphs: int | None,
 ) -> ActivationPlan:
@@ -156,22 +187,22 @@ def plan_activations(
         budget: device bytes, or None for no limit known (micro-batches are then not split and nothing is kept).
         head: what the head's tiles cost; needs.head_tile is the smallest one's.
         blocks: blocks in one forward.
-        batch: samples in the batch.
-        input_bytes: of one block's differentiable inputs, for the whole batch.
-        graph_bytes_per_sample: what one block's graph saves for one sample.
+        block: what the block that is planned for costs.
+        largest: what any of the blocks may cost; None where that is not known yet, and nothing is left on the device.
         micro_batch, keep_graphs: samples and blocks asked for by the caller, or None to choose.
 
     Raises:
         BudgetError: not even one sample fits, or not the micro-batch asked for; the message says the smallest budget
             that works.
     """
+    batch, input_bytes = block.batch, block.input_bytes
     if budget is None:
         size = micro_batch or batch
         return ActivationPlan(-(-batch // size), 0, keep_graphs or 0)
     # Inputs of the visits around this one: two settling, the current input and output, and their gradients.
     around = 6 * input_bytes
     room = budget - needs.fixed - needs.block_gradients - around
-    per_sample = max(1, int(WORKING_FACTOR * graph_bytes_per_sample))
+    per_sample = max(1, int(WORKING_FACTOR * block.graph_bytes_per_sample))
     samples = min(micro_batch or 1, batch)
     least = needs.fixed + around + max(needs.block_gradients + samples * per_sample, needs.at_head)
     if budget < least:
@@ -190,10 +221,11 @@ def plan_activations(
     head_logits = plan_head(needs, head, budget, around)
     at_head = needs.edge_gradients + head.tile_bytes(head_logits)
     room = budget - needs.fixed - around - max(at_block, at_head)
-    saved = max(0, min(blocks, room // max(1, input_bytes)))
-    kept = 0
-    if saved == blocks:
-        room -= blocks * input_bytes
-        kept = max(0, min(blocks, room // max(1, graph_bytes_per_sample * batch)))
+    saved = kept = 0
+    if largest is not None:
+        saved = max(0, min(blocks, room // max(1, largest.input_bytes)))
+    if largest is not None and saved == blocks:
+        room -= blocks * largest.input_bytes
+        kept = max(0, min(blocks, room // max(1, largest.graph_bytes)))
     kept = kept if keep_graphs is None else min(keep_graphs, blocks)
     return ActivationPlan(count, saved, kept, head_logits)

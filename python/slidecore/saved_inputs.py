@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from slidecore import _core
 from slidecore.backend import Backend
 
 
 class SavedInput:
-    """One saved tensor. Exactly one of these holds it: `tensor` (on the device) or `host` (pinned buffer)."""
+    """One saved tensor. Exactly one of these holds it: `tensor` (on the device) or `host` (pinned buffer).
+
+    Several visits may have saved it: `users` counts them, and the last one to `free` it does.
+    """
 
     def __init__(self, store: SavedInputs, tensor: torch.Tensor, chunk: int, shared: bool) -> None:
         self._store = store
@@ -20,6 +25,7 @@ class SavedInput:
         self._chunk = chunk
         self._version = tensor._version
         self._meta = (tensor.shape, tensor.dtype)
+        self.users = 1
         self.tensor: torch.Tensor | None = tensor
         self._host: _core.HostBuffer | None = None
         self._saved_ticket = 0
@@ -86,6 +92,9 @@ class SavedInput:
 
         A later save into the buffer follows this fetch: it waits for later compute work.
         """
+        self.users -= 1
+        if self.users > 0:
+            return
         ticket = self._fetched[1] if self._fetched is not None else self._saved_ticket if self.tensor is not None else 0
         if ticket:
             try:
@@ -100,7 +109,18 @@ class SavedInput:
         self._fetched = None
 
     def __del__(self) -> None:
+        self.users = 1
         self.free()
+
+
+_Identity = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype, int]
+
+
+def _identity(tensor: torch.Tensor) -> tuple[_Identity, StorageWeakRef]:
+    """What two tensors with the same values in the same memory have in common, while the reference is held."""
+    storage = StorageWeakRef(tensor.untyped_storage())
+    place = (storage.cdata, int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+    return place, storage
 
 
 class SavedInputs:
@@ -115,6 +135,7 @@ class SavedInputs:
         self._free: list[tuple[_core.HostBuffer, int]] = []  # with the fetch that may still read it
         self._settling: deque[SavedInput] = deque()
         self.host_bytes = 0
+        self._saved: dict[_Identity, tuple[StorageWeakRef, weakref.ref[SavedInput]]] = {}
         # What copies on failed lanes may still touch lives as long as the lanes.
         self.lost: list[object] = []
 
@@ -144,9 +165,22 @@ class SavedInputs:
     def save(self, tensor: torch.Tensor, chunk: int, *, on_device: bool, shared: bool) -> SavedInput:
         """Saves a detached tensor of device memory; contiguous ones go to the host unless `on_device`.
 
-        `shared` tensors (masks, positions) belong to all blocks and are not counted as this one's memory.
+        `shared` tensors (masks, positions) belong to all blocks and are not counted as this one's memory. A tensor
+        that is saved already (what an encoder made, for every block of a decoder) is not saved again.
         """
+        if shared:
+            return SavedInput(self, tensor, chunk, shared)
+        identity, storage = _identity(tensor)
+        known = self._saved.get(identity)
+        if known is not None:
+            saved = known[1]()
+            if saved is not None and saved.users > 0:
+                saved.users += 1
+                return saved
         saved = SavedInput(self, tensor, chunk, shared)
+        # The weak reference keeps another storage from getting this one's identity.
+        self._saved = {key: value for key, value in self._saved.items() if value[1]() is not None}
+        self._saved[identity] = storage, weakref.ref(saved)
         if not on_device and tensor.is_contiguous() and tensor.numel() > 0:
             saved.send()
             self._settling.append(saved)

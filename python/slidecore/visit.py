@@ -16,9 +16,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from slidecore.calls import Call, Output
+from slidecore.captures import Capture, Captured, unnoticed
 from slidecore.errors import UsageError
 from slidecore.graphs import VisitGraph, outliving
+from slidecore.integrations.transformers_caches import refuse_cache
+from slidecore.kept import KeptParameter, replaced, trained
+from slidecore.micro_batches import input_gradients, join, output_gradients, part, same
 from slidecore.partition import Chunk, Entry
+from slidecore.repeating import RandomState, in_modes, unchanged_buffers
 from slidecore.saved_inputs import SavedInput
 
 if TYPE_CHECKING:
@@ -38,91 +44,14 @@ class Use:
 
 
 @dataclass(eq=False)
-class RandomState:
-    """Generator states and autocast settings, so that recomputation repeats the forward exactly."""
-
-    cpu: torch.Tensor
-    device: torch.Tensor | None
-    autocast: tuple[bool, torch.dtype, bool]
-
-    @staticmethod
-    def capture(device: torch.device) -> RandomState:
-        kind = device.type
-        return RandomState(
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state(device) if kind == "cuda" else None,
-            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()),
-        )
-
-    @contextlib.contextmanager
-    def restored(self, device: torch.device) -> Iterator[None]:
-        before = RandomState.capture(device)
-        enabled, dtype, cache = self.autocast
-        self.set(device)
-        try:
-            with torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=cache):
-                yield
-        finally:
-            before.set(device)
-
-    def set(self, device: torch.device) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.device is not None:
-            torch.cuda.set_rng_state(self.device, device)
-
-
-@dataclass
-class Call:
-    """A module call taken apart: tensor leaves of (args, kwargs) and what is needed to put it together again."""
-
-    spec: pytree.TreeSpec
-    leaves: list[Any]  # tensors replaced by None
-    tensor_at: list[int]
-
-    @staticmethod
-    def take(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[torch.Tensor]]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        tensors = [leaves[i] for i in at]
-        return Call(spec, [None if isinstance(x, torch.Tensor) else x for x in leaves], at), tensors
-
-    def put(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaves = list(self.leaves)
-        for i, tensor in zip(self.tensor_at, tensors, strict=True):
-            leaves[i] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return args, kwargs
-
-
-@dataclass
-class Output:
-    """A module's output taken apart."""
-
-    spec: pytree.TreeSpec
-    leaves: list[Any]
-    tensor_at: list[int]
-
-    @staticmethod
-    def take(value: Any) -> tuple[Output, list[torch.Tensor]]:
-        leaves, spec = pytree.tree_flatten(value)
-        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        tensors = [leaves[i] for i in at]
-        return Output(spec, [None if isinstance(x, torch.Tensor) else x for x in leaves], at), tensors
-
-    def put(self, tensors: Sequence[torch.Tensor]) -> Any:
-        leaves = list(self.leaves)
-        for i, tensor in zip(self.tensor_at, tensors, strict=True):
-            leaves[i] = tensor
-        return pytree.tree_unflatten(leaves, self.spec)
-
-
-@dataclass(eq=False)
 class Record:
     """A forward visit whose backward is to come."""
 
     engine: Engine
     use: Use
     call: Call
+    modules: list[nn.Module]  # the use's module and those below it
+    kept: list[KeptParameter]  # inputs of the visit, behind the call's tensors
     micro_batches: int
     keep_graph: bool
     requires_grad: list[bool] = field(default_factory=list)
@@ -132,10 +61,11 @@ class Record:
     graphs: list[VisitGraph] = field(default_factory=list)
     output: Output | None = None
     input_sizes: list[list[torch.Size]] = field(default_factory=list)  # of each micro-batch
+    batched: list[bool] = field(default_factory=list)  # outputs that are concatenated from those of the micro-batches
     output_sizes: list[list[int]] = field(default_factory=list)  # of each micro-batch, along dimension 0
     previous: weakref.ref[Record] | None = None  # the visit whose inputs backward needs next
     generation: int = 0  # of the weights that the forward read
-    modes: list[bool] = field(default_factory=list)  # `training` of each of the module's modules at forward
+    modes: list[bool] = field(default_factory=list)  # `training` of each of `modules` at forward
     consumed: bool = False
     held: int = 0  # bytes of kept graphs
     node: weakref.ref[Any] | None = None  # of autograd; it owns this record
@@ -148,17 +78,6 @@ class Record:
         # The graph was dropped without a backward.
         self.free()
 
-    def output_gradients(self, gradients: Sequence[torch.Tensor | None], index: int) -> Sequence[torch.Tensor | None]:
-        """The part of the outputs' gradients that belongs to micro-batch `index`."""
-        if self.micro_batches == 1:
-            return gradients
-        sizes = self.output_sizes[index]
-        starts = [sum(s[o] for s in self.output_sizes[:index]) for o in range(len(sizes))]
-        return [
-            None if g is None else g[start : start + size]
-            for g, start, size in zip(gradients, starts, sizes, strict=True)
-        ]
-
     def free(self) -> None:
         self.consumed = True
         for saved in self.saved:
@@ -167,20 +86,6 @@ class Record:
         self.engine.backend.drop(self.held)
         self.held = 0
         self.previous = None
-
-
-@contextlib.contextmanager
-def in_modes(module: nn.Module, modes: Sequence[bool]) -> Iterator[None]:
-    """Puts the modules of `module` in the given training modes, and back afterwards."""
-    modules = list(module.modules())
-    before = [m.training for m in modules]
-    for m, mode in zip(modules, modes, strict=True):
-        m.training = mode
-    try:
-        yield
-    finally:
-        for m, mode in zip(modules, before, strict=True):
-            m.training = mode
 
 
 @contextlib.contextmanager
@@ -197,17 +102,6 @@ def swapped(chunk: Chunk, leaves: dict[Entry, torch.Tensor]) -> Iterator[None]:
                 module._parameters[attribute] = entry.parameter
 
 
-@contextlib.contextmanager
-def unchanged_buffers(module: nn.Module) -> Iterator[None]:
-    """Undoes what runs beside the training step's own forward do to buffers (the running statistics of BatchNorm)."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.data.copy_(value)  # not a modification that graphs should complain about
-
-
 def leaves_of(chunk: Chunk, slot: torch.Tensor, graph: bool) -> dict[Entry, torch.Tensor]:
     """Parameters over the slot's memory, one for each entry of the chunk."""
     return {
@@ -216,6 +110,30 @@ def leaves_of(chunk: Chunk, slot: torch.Tensor, graph: bool) -> dict[Entry, torc
         )
         for entry in chunk.entries
     }
+
+
+def run_again(
+    use: Use,
+    slot: torch.Tensor,
+    call: Call,
+    inputs: Sequence[torch.Tensor],
+    kept: Sequence[KeptParameter],
+) -> list[torch.Tensor]:
+    """Output tensors of a run with leaves of its own; `inputs` are those of the call and those of `kept`."""
+    with swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)):
+        return run_captured(use, list(use.module.modules()), call, inputs, kept)[1]
+
+
+def run_captured(
+    use: Use, modules: Sequence[nn.Module], call: Call, inputs: Sequence[torch.Tensor], kept: Sequence[KeptParameter]
+) -> tuple[Output, list[torch.Tensor]]:
+    """Runs the use's own forward; its outputs are its value and all that is captured beside it."""
+    tensors, weights = inputs[: len(inputs) - len(kept)], inputs[len(inputs) - len(kept) :]
+    args, kwargs, mappings = call.put(tensors)
+    capture = Capture(modules, mappings)
+    with replaced(kept, weights), capture.watching():
+        value = use.forward(*args, **kwargs)
+        return Output.take((value, *capture.taken().flat()))
 
 
 def collect(leaves: dict[Entry, torch.Tensor], add: Callable[[Entry, torch.Tensor], None]) -> None:
@@ -232,14 +150,6 @@ def collect(leaves: dict[Entry, torch.Tensor], add: Callable[[Entry, torch.Tenso
         leaf.register_post_accumulate_grad_hook(hook)
 
 
-def _part(tensor: torch.Tensor, split: bool, index: int, count: int) -> torch.Tensor:
-    if not split or count == 1:
-        return tensor
-    size = tensor.shape[0]
-    each = -(-size // count)
-    return tensor[index * each : min(size, (index + 1) * each)]
-
-
 class VisitFunction(torch.autograd.Function):
     """The autograd node of a visit. `anchor` makes a visit without differentiable inputs part of the graph."""
 
@@ -250,7 +160,8 @@ class VisitFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         record.requires_grad = [t.requires_grad for t in tensors]
         outputs = record.engine.visits.run_forward(record, [t.detach() for t in tensors])
-        ctx.mark_non_differentiable(*[t for t in outputs if not t.is_floating_point()])
+        constant = [not any(g.differentiable(i) for g in record.graphs) for i in range(len(outputs))]
+        ctx.mark_non_differentiable(*[t for t, c in zip(outputs, constant, strict=True) if c])
         return tuple(outputs)
 
     @staticmethod
@@ -295,25 +206,46 @@ class Visits:
         engine.scheduler.check()
         if not torch.is_grad_enabled():
             return self._inference(use, args, kwargs)
+        modules = list(use.module.modules())
+        kept = self._kept_of(use, modules)
         call, tensors = Call.take(args, kwargs)
         trains = any(e.trainable for e in use.chunk.entries)
-        if not trains and not any(t.requires_grad for t in tensors):
+        if not trains and not kept and not any(t.requires_grad for t in tensors):
             return self._inference(use, args, kwargs)
+        refuse_cache(use.name, [*args, *kwargs.values()])
         engine.begin_forward()
-        count, split = engine.activations.plan_micro_batches(use, call, tensors)
+        count, split = engine.activations.plan_micro_batches(use, call, tensors, kept)
         record = Record(
             engine,
             use,
             call,
+            modules,
+            kept,
             count,
             keep_graph=engine.activations.keeps_graph(use),
-            split=split,
+            split=split + [False] * len(kept),
             generation=engine.generation,
         )
-        outputs = VisitFunction.apply(record, self.anchor if trains else None, *tensors)
+        outputs = VisitFunction.apply(
+            record, self.anchor if trains else None, *tensors, *(each.parameter for each in kept)
+        )
         engine.forward_visited(record)
         assert record.output is not None
-        return record.output.put(outputs)
+        value, *captured = record.output.put(outputs)
+        Captured(*captured).deliver(modules, args, kwargs)
+        return value
+
+    def _kept_of(self, use: Use, modules: Sequence[nn.Module]) -> list[KeptParameter]:
+        kept = trained(modules, self._engine.entries)
+        device = self._engine.backend.torch_device
+        for each in kept:
+            if each.parameter.device != device:
+                module, attribute = each.owners[0]
+                raise UsageError(
+                    f"{use.name}: parameter {attribute!r} of a {type(module).__name__} was added after offload() and "
+                    f"is on {each.parameter.device}; add modules before offload(), or move them to {device}"
+                )
+        return kept
 
     def _inference(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         engine, chunk = self._engine, use.chunk
@@ -326,14 +258,17 @@ class Visits:
         before = RandomState.capture(engine.backend.torch_device)
         versions = [t._version for t in tensors]
         with engine.holding(use.chunk, backward=False) as slot:
-            parts = [self._forward_part(record, slot, tensors, 0)]
-            if record.micro_batches > 1 and not self._joinable(record, tensors, parts[0]):
+            parts = self._forward_parts(record, slot, tensors)
+            if not parts:
                 engine.activations.refuse_micro_batches(use)
                 # Start over with the whole batch, from the same random state.
                 before.set(engine.backend.torch_device)
-                record.micro_batches, record.random, record.graphs, record.input_sizes = 1, [], [], []
-                parts = [self._forward_part(record, slot, tensors, 0)]
-            parts += [self._forward_part(record, slot, tensors, i) for i in range(1, record.micro_batches)]
+                engine.backend.drop(record.held)
+                record.micro_batches, record.held = 1, 0
+                record.random, record.graphs, record.input_sizes = [], [], []
+                parts = self._forward_parts(record, slot, tensors)
+        if record.micro_batches > 1:
+            record.output_sizes = [[t.shape[0] if t.dim() else 0 for t in part] for part in parts]
         if not record.keep_graph:
             if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
                 raise RuntimeError(
@@ -341,32 +276,50 @@ class Visits:
                     f"backward would start from other values. Replace the in-place operation (for example `x += y` by "
                     f"`x = x + y`)"
                 )
+            inputs = len(tensors) - len(record.kept)
             record.saved = [
                 engine.saved_inputs.save(
                     t,
                     use.chunk.index,
-                    on_device=engine.activations.stays_on_device(use, t, needs_grad),
-                    shared=not needs_grad,
+                    on_device=i >= inputs or engine.activations.stays_on_device(use, t, needs_grad),
+                    shared=i >= inputs or not needs_grad,
                 )
-                for t, needs_grad in zip(tensors, record.requires_grad, strict=True)
+                for i, (t, needs_grad) in enumerate(zip(tensors, record.requires_grad, strict=True))
             ]
-        return self._join(record, parts)
+        return join(parts, record.batched)
+
+    def _forward_parts(
+        self, record: Record, slot: torch.Tensor, tensors: list[torch.Tensor]
+    ) -> list[list[torch.Tensor]]:
+        """Each micro-batch's outputs; none if they cannot be joined."""
+        parts = [self._forward_part(record, slot, tensors, 0)]
+        if record.micro_batches == 1:
+            return parts
+        split = {i for i, was_split in enumerate(record.split) if was_split}
+        n = len(tensors) - len(record.kept)
+        record.batched = self._engine.activations.batched_outputs(
+            record.use, record.call, tensors[:n], record.requires_grad[:n], record.split[:n], record.kept, len(parts[0])
+        )
+        once = [i for i, batched in enumerate(record.batched) if not batched]
+        if any(record.graphs[0].may_depend(i, split) for i in once):
+            return []
+        parts += [self._forward_part(record, slot, tensors, i) for i in range(1, record.micro_batches)]
+        return parts if all(same([part[i] for part in parts]) for i in once) else []
 
     def _forward_part(
         self, record: Record, slot: torch.Tensor, tensors: list[torch.Tensor], index: int
     ) -> list[torch.Tensor]:
         engine, use = self._engine, record.use
-        inputs = [_part(t, s, index, record.micro_batches) for t, s in zip(tensors, record.split, strict=True)]
-        graph = VisitGraph(keep=record.keep_graph)
+        inputs = [part(t, s, index, record.micro_batches) for t, s in zip(tensors, record.split, strict=True)]
+        graph = VisitGraph(keep=record.keep_graph, known=[each.parameter for each in record.kept])
         if not record.keep_graph:
             record.random.append(RandomState.capture(engine.backend.torch_device))
-            record.modes = [m.training for m in use.module.modules()]
+            record.modes = [m.training for m in record.modules]
         leaves = self._leaves(use, slot, graph)
 
         def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             with swapped(use.chunk, leaves):
-                args, kwargs = record.call.put(own)
-                record.output, outputs = Output.take(use.forward(*args, **kwargs))
+                record.output, outputs = run_captured(use, record.modules, record.call, own, record.kept)
             return outputs
 
         outputs = graph.run(slot, inputs, record.requires_grad, self.anchor, module)
@@ -383,22 +336,6 @@ class Visits:
         add = graph.guarded(lambda entry, gradient: self._engine.gradient_of(use.chunk).add(entry, gradient))
         collect(leaves, add)
         return leaves
-
-    @staticmethod
-    def _joinable(record: Record, tensors: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
-        """Whether every output of a micro-batch has the batch as (a factor of) its first dimension."""
-        batch = next(
-            _part(t, True, 0, record.micro_batches).shape[0]
-            for t, split in zip(tensors, record.split, strict=True)
-            if split
-        )
-        return all(t.dim() > 0 and t.shape[0] > 0 and t.shape[0] % batch == 0 for t in outputs)
-
-    def _join(self, record: Record, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        if len(parts) == 1:
-            return parts[0]
-        record.output_sizes = [[t.shape[0] for t in part] for part in parts]
-        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
     def run_backward(self, record: Record, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         engine, use = self._engine, record.use
@@ -436,27 +373,27 @@ class Visits:
                     self._refill(record, graph, slot, tensors, i)
                 try:
                     with swapped(use.chunk, self._leaves(use, slot, graph) if slot is not None else {}):
-                        graph.backward(slot, record.output_gradients(gradients, i))
+                        wanted = output_gradients(gradients, record.output_sizes, record.batched, i)
+                        graph.backward(slot, wanted)
                 finally:
                     if recompute:
                         engine.backend.drop(graph.nbytes)
                 parts.append(self._gradients_of(record, graph, i))
-        return self._input_gradients(record, parts)
+        return input_gradients(parts, record.split)
 
     def _refill(
         self, record: Record, graph: VisitGraph, slot: torch.Tensor, tensors: list[torch.Tensor], index: int
     ) -> None:
         engine, use = self._engine, record.use
-        inputs = [_part(t, s, index, record.micro_batches) for t, s in zip(tensors, record.split, strict=True)]
+        inputs = [part(t, s, index, record.micro_batches) for t, s in zip(tensors, record.split, strict=True)]
 
         def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-            with swapped(use.chunk, leaves_of(use.chunk, slot, graph=True)):
-                args, kwargs = record.call.put(own)
-                return Output.take(use.forward(*args, **kwargs))[1]
+            return run_again(use, slot, record.call, own, record.kept)
 
         with (
             record.random[index].restored(engine.backend.torch_device),
-            in_modes(use.module, record.modes),
+            in_modes(record.modules, record.modes),
+            unnoticed(record.modules),
             unchanged_buffers(use.module),
         ):
             graph.refill(slot, inputs, module)
@@ -474,22 +411,3 @@ class Visits:
             torch.zeros(size, dtype=dtype, device=device) if g is None and fill else g
             for g, size, fill in zip(gradients, sizes, wanted, strict=True)
         ]
-
-    @staticmethod
-    def _input_gradients(record: Record, parts: list[list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
-        """Joins the micro-batches' input gradients: concatenated where the input was split, else summed in float32."""
-        result: list[torch.Tensor | None] = []
-        for split, pieces in zip(record.split, zip(*parts, strict=True), strict=True):
-            present = [p for p in pieces if p is not None]
-            if not present:
-                result.append(None)
-            elif len(pieces) == 1:
-                result.append(present[0])
-            elif split:
-                result.append(torch.cat(present))
-            else:
-                total = present[0].float()
-                for piece in present[1:]:
-                    total = total + piece
-                result.append(total.to(present[0].dtype))
-        return result

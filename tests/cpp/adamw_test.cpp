@@ -12,23 +12,12 @@
 #include <string>
 #include <vector>
 
+#include "optimizer_support.h"
 #include "slidecore/optimizer.h"
 #include "slidecore/status.h"
 
 namespace slidecore {
 namespace {
-
-constexpr float infinity = std::numeric_limits<float>::infinity();
-constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-
-std::uint16_t to_bfloat16(float value) {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  if (value != value) return 0x7fc0;
-  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-float from_bfloat16(std::uint16_t value) {
-  return std::bit_cast<float>(std::uint32_t{value} << 16);
-}
 
 // A chunk's planes in one of the four forms, and its gradient.
 struct State {
@@ -84,11 +73,7 @@ struct State {
   }
 };
 
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
-
-bool same_bits(const State& a, const State& b) {
+bool operator==(const State& a, const State& b) {
   return a.weight == b.weight && a.residual == b.residual && same_bits(a.weight32, b.weight32) &&
          same_bits(a.exp_avg, b.exp_avg) && same_bits(a.exp_avg_sq, b.exp_avg_sq);
 }
@@ -116,43 +101,6 @@ const std::vector<Form> forms = {{true, GradientType::bfloat16},
                                  {true, GradientType::float32},
                                  {false, GradientType::bfloat16},
                                  {false, GradientType::float32}};
-
-std::vector<AdamWHyper> hypers() {
-  std::vector<AdamWHyper> list(6);
-  list[1] = {.lr = 1e-5, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .gradient_scale = 0.37f};
-  list[2] = {.lr = 3e-4, .beta1 = 0.95, .beta2 = 0.98, .eps = 1e-6, .weight_decay = 0, .maximize = true};
-  list[3] = {.lr = 1e-3, .beta1 = 0.3, .beta2 = 0.5, .eps = 1e-5, .weight_decay = 0.5};  // lerp from the far end
-  list[4] = {.lr = 1e-3, .beta1 = 0.0, .beta2 = 0.0, .eps = 1e-3, .weight_decay = 0.01};
-  list[5] = {.lr = 0, .beta1 = 0.5, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.1, .maximize = true};
-  list[5].gradient_scale = 2.5f;
-  return list;
-}
-
-std::vector<float> normal(std::mt19937& random, std::size_t n, float scale) {
-  std::normal_distribution<float> distribution(0.f, scale);
-  std::vector<float> values(n);
-  for (float& value : values) value = distribution(random);
-  return values;
-}
-
-// Every kind of float, as raw bits: normals of all sizes, denormals, zeros, infinities, NaNs of both kinds.
-std::vector<float> wild(std::mt19937& random, std::size_t n) {
-  const std::vector<float> special = {
-      0.f,    -0.f,    infinity, -infinity, nan,      std::bit_cast<float>(0xffc12345u),
-      1e-45f, -1e-40f, 3e38f,    -3e38f,    1.1e-38f, std::bit_cast<float>(0x7f812345u)};
-  std::vector<float> values(n);
-  for (float& value : values) {
-    const auto bits = static_cast<std::uint32_t>(random());
-    value = bits % 7 == 0 ? special[(bits / 7) % special.size()] : std::bit_cast<float>(bits);
-  }
-  return values;
-}
-
-class ForcedSet {
- public:
-  explicit ForcedSet(const std::string& name) { force_instruction_set(name); }
-  ~ForcedSet() { force_instruction_set(""); }
-};
 
 TEST(AdamW, StaysCloseToDoublePrecision) {
   ThreadPool pool(2);
@@ -264,7 +212,7 @@ TEST(AdamW, IsBitIdenticalForEverySetThreadCountAndDivision) {
             }
           }
           for (std::size_t i = 1; i < results.size(); ++i) {
-            ASSERT_TRUE(same_bits(results[0], results[i])) << "n " << n << ", result " << i;
+            ASSERT_TRUE(results[0] == results[i]) << "n " << n << ", result " << i;
           }
           baseline = results[0];
         }
@@ -365,7 +313,7 @@ TEST(AdamW, IgnoresTheCallersFloatEnvironment) {
   adamw(pool, {}, rounded.planes(), rounded.gradient(), rounded.type, n);
   EXPECT_EQ(std::fegetround(), FE_UPWARD);
   std::fesetround(FE_TONEAREST);
-  EXPECT_TRUE(same_bits(expected, rounded));
+  EXPECT_TRUE(expected == rounded);
 #if defined(__x86_64__)
   const unsigned before = __builtin_ia32_stmxcsr();
   __builtin_ia32_ldmxcsr(before | 0x8040u);  // flush denormal results and operands to zero
@@ -374,7 +322,7 @@ TEST(AdamW, IgnoresTheCallersFloatEnvironment) {
   adamw(pool, {}, flushed.planes(), flushed.gradient(), flushed.type, n);
   EXPECT_EQ(__builtin_ia32_stmxcsr() & 0x8040u, 0x8040u);
   __builtin_ia32_ldmxcsr(before);
-  EXPECT_TRUE(same_bits(expected, flushed));
+  EXPECT_TRUE(expected == flushed);
 #endif
 }
 

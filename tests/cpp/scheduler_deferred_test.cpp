@@ -27,7 +27,7 @@ class JobSink final : public GradientSink {
  public:
   using Before = std::function<void(const char* call, std::uint32_t chunk, bool sums)>;
 
-  void add_chunk(HostBuffer* plane, HostBuffer* grad) { chunks_.push_back({plane, grad, {}}); }
+  void add_chunk(HostBuffer* plane, HostBuffer* grad) { chunks_.push_back({.plane = plane, .grad = grad, .jobs = {}}); }
   void set_before(Before before) { before_ = std::move(before); }  // while the update lane is idle
   void prepare(std::uint32_t chunk, Job job) {
     const std::lock_guard lock(mutex_);
@@ -35,36 +35,38 @@ class JobSink final : public GradientSink {
   }
 
   void begin(std::uint32_t chunk) override {
-    EXPECT_EQ(chunk_, -1) << "a submission began inside another";
+    Chunk& c = chunks_.at(chunk);
+    EXPECT_FALSE(c.begun) << "a chunk's submission began inside another";
     {
       const std::lock_guard lock(mutex_);
-      ASSERT_FALSE(chunks_.at(chunk).jobs.empty());
-      job_ = chunks_[chunk].jobs.front();
-      chunks_[chunk].jobs.pop_front();
+      ASSERT_FALSE(c.jobs.empty());
+      c.job = c.jobs.front();
+      c.jobs.pop_front();
     }
-    if (before_) before_("begin", chunk, job_.sums);
-    chunk_ = static_cast<std::int64_t>(chunk);
-    offset_ = 0;
+    if (before_) before_("begin", chunk, c.job.sums);
+    c.begun = true;
+    c.offset = 0;
   }
   void consume(std::uint32_t chunk, std::size_t offset, const void* piece, std::size_t bytes) override {
-    if (before_) before_("consume", chunk, job_.sums);
-    EXPECT_EQ(chunk_, static_cast<std::int64_t>(chunk));
-    EXPECT_EQ(offset_, offset);
     Chunk& c = chunks_.at(chunk);
+    if (before_) before_("consume", chunk, c.job.sums);
+    EXPECT_TRUE(c.begun);
+    EXPECT_EQ(c.offset, offset);
     ASSERT_LE(offset + bytes, c.plane->size());
     const auto* gradient = static_cast<const unsigned char*>(piece);
-    auto* target = static_cast<unsigned char*>(job_.sums ? c.grad->data() : c.plane->data()) + offset;
+    auto* target = static_cast<unsigned char*>(c.job.sums ? c.grad->data() : c.plane->data()) + offset;
     for (std::size_t i = 0; i < bytes; ++i) {
-      const int before = job_.sums && job_.first ? 0 : target[i];
-      target[i] = static_cast<unsigned char>(job_.sums ? before + gradient[i] : before - job_.factor * gradient[i]);
+      const int before = c.job.sums && c.job.first ? 0 : target[i];
+      target[i] = static_cast<unsigned char>(c.job.sums ? before + gradient[i] : before - c.job.factor * gradient[i]);
     }
-    offset_ += bytes;
+    c.offset += bytes;
   }
   void end(std::uint32_t chunk) override {
-    if (before_) before_("end", chunk, job_.sums);
-    EXPECT_EQ(offset_, chunks_.at(chunk).plane->size());
-    chunk_ = -1;
-    ++(job_.sums ? sums : updates);
+    Chunk& c = chunks_.at(chunk);
+    if (before_) before_("end", chunk, c.job.sums);
+    EXPECT_EQ(c.offset, c.plane->size());
+    c.begun = false;
+    ++(c.job.sums ? sums : updates);
   }
 
   std::atomic<int> updates{0}, sums{0};
@@ -73,15 +75,15 @@ class JobSink final : public GradientSink {
   struct Chunk {
     HostBuffer* plane;
     HostBuffer* grad;
-    std::deque<Job> jobs;
+    std::deque<Job> jobs;  // guarded by the mutex; the rest is the update lane's own
+    Job job = {};
+    bool begun = false;
+    std::size_t offset = 0;
   };
 
   std::mutex mutex_;
   std::deque<Chunk> chunks_;
   Before before_;
-  Job job_;
-  std::int64_t chunk_ = -1;
-  std::size_t offset_ = 0;
 };
 
 // Chunks with a weight plane and a `grad` plane each; `weights` and `grads` are what these hold after all calls so far,

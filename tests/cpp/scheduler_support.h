@@ -14,6 +14,7 @@
 #include <deque>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -208,7 +209,8 @@ class HookedDevice {
   std::shared_ptr<Device> device_;
 };
 
-// Applies plane -= gradient, byte by byte, and checks that its calls come in order. `before` runs first in each call.
+// Applies plane -= gradient, byte by byte, and checks that each chunk's calls come in order. `before` runs first in
+// each call.
 class SubtractSink final : public GradientSink {
  public:
   using Before = std::function<void(const char* call, std::uint32_t chunk)>;
@@ -220,27 +222,26 @@ class SubtractSink final : public GradientSink {
 
   void begin(std::uint32_t chunk) override {
     if (before_) before_("begin", chunk);
-    EXPECT_EQ(chunk_, -1) << "a submission began inside another";
-    chunk_ = static_cast<std::int64_t>(chunk);
-    offset_ = 0;
+    EXPECT_EQ(offsets_.count(chunk), 0u) << "a submission of a chunk began inside another";
+    offsets_[chunk] = 0;
   }
   void consume(std::uint32_t chunk, std::size_t offset, const void* piece, std::size_t bytes) override {
     if (before_) before_("consume", chunk);
-    EXPECT_EQ(chunk_, static_cast<std::int64_t>(chunk));
-    EXPECT_EQ(offset_, offset);
+    ASSERT_EQ(offsets_.count(chunk), 1u);
+    EXPECT_EQ(offsets_[chunk], offset);
     EXPECT_GT(bytes, 0u);
     ASSERT_LE(offset + bytes, planes_.at(chunk)->size());
     auto* weight = static_cast<unsigned char*>(planes_[chunk]->data()) + offset;
     const auto* gradient = static_cast<const unsigned char*>(piece);
     for (std::size_t i = 0; i < bytes; ++i) weight[i] = static_cast<unsigned char>(weight[i] - gradient[i]);
-    offset_ += bytes;
+    offsets_[chunk] += bytes;
     ++pieces;
   }
   void end(std::uint32_t chunk) override {
     if (before_) before_("end", chunk);
-    EXPECT_EQ(chunk_, static_cast<std::int64_t>(chunk));
-    EXPECT_EQ(offset_, planes_.at(chunk)->size());
-    chunk_ = -1;
+    ASSERT_EQ(offsets_.count(chunk), 1u);
+    EXPECT_EQ(offsets_[chunk], planes_.at(chunk)->size());
+    offsets_.erase(chunk);
     ++submissions;
   }
 
@@ -249,8 +250,7 @@ class SubtractSink final : public GradientSink {
  private:
   std::vector<const HostBuffer*> planes_;
   Before before_;
-  std::int64_t chunk_ = -1;
-  std::size_t offset_ = 0;
+  std::map<std::uint32_t, std::size_t> offsets_;  // of submissions that have begun
 };
 
 struct ChunkShape {

@@ -473,5 +473,62 @@ TEST(SchedulerSchedule, NestedVisitsOfAChunkShareItsSlot) {
   expect_error(Code::invalid_argument, {"no chunk 3"}, [&] { rig.scheduler->acquire(3, Phase::forward, 0); });
 }
 
+// What fell behind in backward is updated in the order in which the next forward needs it.
+TEST(SchedulerSchedule, UpdatesGoByTheNeedForTheirWeights) {
+  SchedulerOptions options = kSmallPieces;
+  options.ring_pieces = 9;
+  Rig rig(host_device(), equal_chunks(3, 12'288), {2}, 11, options);
+  rig.scheduler->set_schedule(training_schedule(3));
+  for (std::uint32_t c = 0; c < 3; ++c) rig.visit(c, Phase::forward);
+  Gate gate;
+  std::vector<std::uint32_t> consumed, ended;
+  rig.sink->set_before([&](const char* call, std::uint32_t chunk) {
+    if (call == std::string("consume")) consumed.push_back(chunk);
+    if (call == std::string("end")) ended.push_back(chunk);
+    gate.pass();
+  });
+  Ticket landed = 0;
+  for (std::uint32_t c = 3; c-- > 0;) {
+    rig.visit(c, Phase::backward);
+    landed = rig.submit(c);
+    if (c == 2) gate.wait_for_arrival();
+  }
+  rig.scheduler->synchronize_ticket(landed);
+  gate.open();
+  rig.check_planes();
+  // The lane was at the first piece of the gradient that came first.
+  EXPECT_EQ(consumed, (std::vector<std::uint32_t>{2, 0, 0, 0, 1, 1, 1, 2, 2}));
+  EXPECT_EQ(ended, (std::vector<std::uint32_t>{0, 1, 2}));
+}
+
+// A visit that waits for an update comes before all that the schedule expects.
+TEST(SchedulerSchedule, TheUpdateThatAVisitWaitsForComesFirst) {
+  SchedulerOptions options = kSmallPieces;
+  options.ring_pieces = 9;
+  Rig rig(host_device(), equal_chunks(3, 12'288), {2}, 12, options);
+  rig.scheduler->set_schedule(training_schedule(3));
+  for (std::uint32_t c = 0; c < 3; ++c) rig.visit(c, Phase::forward);
+  Gate gate;
+  std::vector<std::uint32_t> ended;
+  rig.sink->set_before([&](const char* call, std::uint32_t chunk) {
+    if (call == std::string("end")) ended.push_back(chunk);
+    gate.pass();
+  });
+  Ticket landed = 0;
+  for (std::uint32_t c = 3; c-- > 0;) {
+    rig.visit(c, Phase::backward);
+    landed = rig.submit(c);
+    if (c == 2) gate.wait_for_arrival();
+  }
+  rig.scheduler->synchronize_ticket(landed);
+  const std::uint64_t visits = rig.scheduler->counters().visits;
+  std::thread visitor([&] { rig.visit(1, Phase::forward); });
+  while (rig.scheduler->counters().visits == visits) std::this_thread::yield();
+  gate.open();
+  visitor.join();
+  rig.check_planes();
+  EXPECT_EQ(ended, (std::vector<std::uint32_t>{1, 2, 0}));  // after this visit the schedule expects chunk 2
+}
+
 }  // namespace
 }  // namespace slidecore

@@ -221,7 +221,7 @@ def consumed_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     slidecore.synchronize(model)
     engine = engine_of(model)
     return {
-        entry.name: engine.planes.exp_avg.view(chunk, entry).clone()
+        entry.name: engine.planes.moments["exp_avg"].view(chunk, entry).clone()
         for chunk, entry in engine.entries.values()
         if entry.trainable
     }

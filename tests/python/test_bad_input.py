@@ -116,7 +116,7 @@ def test_no_blocks(model: nn.Module) -> None:
         ({"threads": -1}, ValueError, "threads"),
         ({"piece_bytes": 0}, ValueError, "piece_bytes"),
         ({"piece_bytes": 5000}, ValueError, "piece_bytes=5000 must be a multiple of 4096"),
-        ({"ring_pieces": 1}, ValueError, "ring_pieces=1 must be at least 2"),
+        ({"ring_pieces": 1}, ValueError, "ring_pieces=1 must be .auto. or a whole number of at least 2"),
         ({"blocks": ["blocks.7"]}, slidecore.ModelError, "no module named 'blocks.7'"),
         ({"blocks": ["blocks.0", "blocks.0.up"]}, slidecore.ModelError, "'blocks.0.up' lies inside 'blocks.0'"),
         ({"blocks": [nn.Linear(2, 2)]}, slidecore.ModelError, "a Linear given there is not a module of this model"),

@@ -102,12 +102,15 @@ def test_adamw() -> None:
     document = run("adamw.py", "--quick", "--parameters", "300000", "--repeats", "2", "--isa", "all")
     sets = document["core"]["instruction_sets"]
     assert sets
-    for name in sets:
+    for name, bytes_moved in [(f"{name}{kind}", n) for name in sets for kind, n in (("", 26), (" 8bit", 14))]:
         result = document["results"][f"slidecore {name}"]
-        assert result["bytes"] == 26 * 300000
+        assert result["bytes"] == bytes_moved * 300000
         assert result["gb_per_s"] == pytest.approx(result["bytes"] / result["seconds"]["median"] / 1e9)
         assert result["relative_error"] < 1e-6
         assert document["ratios"][f"slidecore {name}"]["gb_per_s over memcpy"] > 0
+        if name.endswith("8bit"):
+            faster = document["ratios"][f"slidecore {name}"][f"parameters_per_s over slidecore {name[:-5]}"]
+            assert faster > 0
     assert document["results"]["torch fused"]["bytes"] == 28 * 300000
     deepspeed = document["results"]["deepspeed CPUAdam"]
     assert "skipped" in deepspeed or deepspeed["gb_per_s"] > 0
@@ -123,3 +126,37 @@ def test_overlap_on_the_host_backend() -> None:
     for entry in document["together"]:
         assert math.isfinite(entry["hidden"])
         assert all(lane["rate"] > 0 for lane in entry["lanes"].values())
+
+
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_engine()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the references: the program is tested here, kernels are elsewhere
+    pytest.importorskip("triton", reason="bench/kernels.py needs triton")
+    picture = tmp_path / "kernels.png"
+    document = run("kernels.py", "--quick", "--device", "cpu", "--picture", str(picture))
+    for name, size in (("adamw", 26), ("split", 8), ("merge", 8), ("accumulate", 10), ("accumulate, last", 8)):
+        result = document["streaming"][name]
+        assert result["bytes"] == pytest.approx(size * document["parameters"], rel=0.2)
+        assert result["gb_per_s"] == pytest.approx(result["bytes"] / result["seconds"]["median"] / 1e9)
+        assert result["of_copy"] > 0
+        assert result["times_faster_than"]
+    for row in document["linear_cross_entropy"]:
+        losses = [system["loss"] for system in row["systems"].values()]
+        assert "eager" in row["systems"]
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
+    assert picture.stat().st_size > 1000
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    require_engine()
+    require_transformers()
+    document = run("checkpoint.py", "--quick", "--device", "cpu", "--dir", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert document["save"]["bytes"] > 12 * document["parameters"]
+    for part in (document["save"], document["load"], document["disk"]["write"], document["disk"]["read"]):
+        assert part["gb_per_s"] == pytest.approx(part["bytes"] / part["seconds"]["median"] / 1e9)
+    assert document["over_disk"]["save"] == pytest.approx(
+        document["save"]["gb_per_s"] / document["disk"]["write"]["gb_per_s"]
+    )
+    assert document["checksum_gb_per_s"][document["checksum"]] > 0
+    assert document["file_system"]["type"]

@@ -15,6 +15,7 @@ import slidecore
 import torch
 from _models import (
     Batch,
+    Residual,
     Stack,
     clone,
     distance,
@@ -27,6 +28,7 @@ from _models import (
     weights,
     worst,
 )
+from slidecore.offloading import engine_of
 from torch import nn
 
 Offload = Callable[..., nn.Module]
@@ -201,8 +203,8 @@ def test_micro_batches_follow_the_budget(offload: Offload) -> None:
 def test_micro_batches_asked_for(offload: Offload, asked: int, sizes: list[int]) -> None:
     model = offload(counted(), micro_batch=asked)
     loss_of(model, feature_batches(1, shape=(7, 3))[0])
-    # Before a batch is split, the first block is asked with two samples whether they are independent.
-    first = [2] if len(sizes) > 1 else []
+    # Before a batch is split, the first block is asked with one sample and with two whether they are independent.
+    first = [1, 2] if len(sizes) > 1 else []
     assert model.blocks[0].sizes == first + sizes
     for block in model.blocks[1:]:
         assert block.sizes == sizes
@@ -226,6 +228,47 @@ def test_kept_graphs_follow_the_budget(offload: Offload) -> None:
     assert calls == sorted(calls, reverse=True)
     assert calls[0] == 2 * 4 * 12
     assert calls[-1] == 4 * 12
+
+
+def uneven() -> nn.Module:
+    """Blocks of two classes in turn, and of one class with different sizes: the last ones are the largest."""
+    sizes = iter(range(20, 20 + 12 * 9, 9))
+
+    def block() -> nn.Module:
+        inner = next(sizes)
+        return Residual(33, inner) if inner % 2 else nn.Sequential(nn.Linear(33, inner), nn.Linear(inner, 33))
+
+    return Stack(width=33, depth=12, block=block).train()
+
+
+@pytest.mark.parametrize("micro_batch", ["auto", 2])
+@pytest.mark.parametrize("room", [1.0, 1.3, 2.5, 20.0])
+def test_blocks_of_different_sizes_stay_below_the_budget(offload: Offload, room: float, micro_batch: Any) -> None:
+    batches = feature_batches(4, shape=(6, 21))
+    with pytest.raises(slidecore.BudgetError) as error:
+        slidecore.offload(uneven(), device="cpu", device_memory=1)
+    budget = smallest_named(error)
+    for _ in range(20):  # each block that has not been seen before may ask for more
+        model = slidecore.offload(uneven(), device="cpu", device_memory=budget, micro_batch=micro_batch)
+        try:
+            loss_of(model, batches[0])
+        except slidecore.BudgetError as error:
+            budget = int(re.search(r"at least (\d+) bytes", str(error))[1])
+        else:
+            break
+        finally:
+            slidecore.close(model)
+    budget = int(budget * room)
+    plain = uneven()
+    model = offload(clone(plain), device_memory=budget, micro_batch=micro_batch)
+    losses = train_offloaded(model, batches)
+    assert slidecore.stats(model).device_memory_peak <= budget
+    assert losses == pytest.approx(train_plain(plain, batches), abs=1e-4)
+    # With room for it, from the second step on no input leaves the device and graphs are kept.
+    if room > 10:
+        loss = loss_of(model, batches[0])
+        assert sum(r.keep_graph for r in engine_of(model)._live if r.use.chunk.kind == "block") == 12
+        del loss
 
 
 def test_graphs_dropped_without_backward_are_given_back(offload: Offload) -> None:

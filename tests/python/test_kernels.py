@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _kernels import CARD, DEVICE
+from slidecore.triton.cross_entropy import cross_entropy
 
-CARD = torch.cuda.is_available()
-if not CARD:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
-pytest.importorskip("triton", reason="triton is not installed: PyTorch's CPU builds come without it")
-
-from slidecore.triton.cross_entropy import cross_entropy  # noqa: E402
-
-DEVICE = "cuda" if CARD else "cpu"
 # Loss: what float32 sums of that many exponentials keep. Gradient: one rounding to the logits' dtype, for which the
 # interpreter truncates bf16.
 TOLERANCE = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import slidecore
@@ -113,6 +114,36 @@ def test_blocks_of_several_classes_in_a_list() -> None:
     assert [c.name for c in partition(model) if c.kind == "block"] == [f"layers.{i}" for i in range(4)]
 
 
+@pytest.mark.parametrize("kinds_in_turn", ["ab", "abc", "abac"])
+def test_blocks_of_several_classes_in_turn(kinds_in_turn: str) -> None:
+    """No two neighbours are of one class (hybrid models)."""
+    made = {"a": lambda: Residual(3, 5), "b": lambda: nn.Linear(3, 3), "c": lambda: nn.LayerNorm(3)}
+    model = nn.Module()
+    model.layers = nn.ModuleList(made[kind]() for kind in kinds_in_turn * 2)
+    model.heads = nn.ModuleList([nn.Linear(3, 2), nn.LayerNorm(3)])  # nothing repeats: no run
+    chunks = partition(model)
+    assert_covers(model, chunks)
+    assert [c.name for c in chunks if c.kind == "block"] == [f"layers.{i}" for i in range(2 * len(kinds_in_turn))]
+    assert [c.name for c in chunks if c.kind == "edge"] == ["heads"]
+
+
+def test_kept_parameters_are_in_no_chunk() -> None:
+    model = Stack(depth=4)
+    kept = {id(p) for p in [*model.leave.parameters(), *model.blocks[1].parameters(), model.blocks[2].up.weight]}
+    chunks = partition(model, kept=kept)
+    assert kinds(chunks) == [
+        ("edge", "enter"),
+        ("block", "blocks.0"),
+        ("block", "blocks.2"),
+        ("block", "blocks.3"),
+        ("edge", "norm"),
+    ]
+    assert "blocks.2.up.weight" not in [e.name for c in chunks for e in c.entries]
+    assert sum(len(c.entries) for c in chunks) + len(kept) == len(list(model.parameters()))
+    with pytest.raises(slidecore.ModelError, match=r"'blocks.1' has no parameters but kept ones"):
+        partition(model, ["blocks.0", "blocks.1"], kept)
+
+
 @pytest.mark.parametrize("by_module", [False, True])
 def test_blocks_given(by_module: bool) -> None:
     model = Stack(depth=4)
@@ -156,9 +187,12 @@ def test_layout() -> None:
     assert chunks[3].trainable_numel == 0
 
 
+@pytest.mark.parametrize(("moments", "bytes_of_moments"), [("float32", 8), ("8bit", 2)])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_planes_take_what_the_layout_says(offload: Callable[..., nn.Module], dtype: torch.dtype, train: bool) -> None:
+def test_planes_take_what_the_layout_says(
+    offload: Callable[..., nn.Module], dtype: torch.dtype, train: bool, moments: Any, bytes_of_moments: int
+) -> None:
     model = Stack(depth=3)
     model.blocks[1].requires_grad_(False)
     chunks = partition(model)
@@ -167,10 +201,10 @@ def test_planes_take_what_the_layout_says(offload: Callable[..., nn.Module], dty
             for entry in chunk.entries:
                 entry.trainable = False
     lay_out(chunks)
-    expected = state_bytes(chunks, dtype, train)
-    offload(model, compute_dtype=dtype, train=train)
+    expected = state_bytes(chunks, dtype, train, moments)
+    offload(model, compute_dtype=dtype, train=train, moments=moments)
     assert slidecore.stats(model).planes_bytes == expected
     # Per parameter: bf16 weight + residual and both moments, or as many bytes of float32.
     if train:
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert expected > parameters * 12
+        assert expected > parameters * (4 + bytes_of_moments)

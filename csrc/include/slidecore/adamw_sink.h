@@ -32,8 +32,9 @@ class AdamWSink final : public GradientSink {
   // The planes (n elements each) must outlive the sink's use of them. Returns the chunk's index.
   std::uint32_t add_chunk(const AdamWPlanes& planes, std::size_t n, GradientType type);
 
-  // Says how the chunk's next submission is applied. Segments ascend and do not overlap; elements outside them
-  // stay as they are. Throws Error(invalid_argument) otherwise, and changes nothing then.
+  // Says how the chunk's next submission is applied. Segments ascend and do not overlap; with 8-bit moments each starts
+  // at a multiple of moments_group. Elements outside them stay as they are. Throws Error(invalid_argument) otherwise,
+  // and changes nothing then.
   void prepare(std::uint32_t chunk, const std::vector<Segment>& segments);
 
   // As prepare(), for a gradient of another type than the chunk's.

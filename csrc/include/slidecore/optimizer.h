@@ -41,13 +41,23 @@ void merge(ThreadPool& pool, const std::uint16_t* weight, const std::int16_t* re
 
 enum class GradientType { bfloat16, float32 };
 
-// Where n consecutive parameters of a chunk lie. Either weight+residual (bf16 compute) or weight32 (fp32 compute).
+// Parameters that share a scale of 8-bit moments.
+inline constexpr std::size_t moments_group = 128;
+
+// Where n consecutive parameters of a chunk lie. Either weight+residual (bf16 compute) or weight32 (fp32 compute), and
+// either exp_avg+exp_avg_sq (float32 moments) or the four planes of 8-bit moments. Those hold a code for each parameter
+// and a scale for each moments_group of them, counted from the first: ceil(n / moments_group) scales. Elements past n
+// have no part in the last one. Zeros are zero moments. docs/numerics.md has the formulas.
 struct AdamWPlanes {
   std::uint16_t* weight = nullptr;
   std::int16_t* residual = nullptr;
   float* weight32 = nullptr;
   float* exp_avg = nullptr;
   float* exp_avg_sq = nullptr;
+  std::int8_t* exp_avg8 = nullptr;  // -127 to 127
+  std::uint8_t* exp_avg_sq8 = nullptr;
+  float* exp_avg_scale = nullptr;
+  float* exp_avg_sq_scale = nullptr;
 };
 
 struct AdamWHyper {
@@ -62,7 +72,9 @@ struct AdamWHyper {
 // thread count and division into calls, whatever the caller's rounding and denormal modes; a NaN is always stored as
 // 0x7fc00000. `planes` and `gradient` point at the first of the n parameters. Torch's own bits depend on its build:
 // without its FMA kernels (ATEN_CPU_CAPABILITY=default) its moments equal these, and its weights differ only where
-// its vector library's sqrt is not the correctly rounded one.
+// its vector library's sqrt is not the correctly rounded one. With 8-bit moments the same arithmetic follows the
+// dequantised moments, the weights are updated from the new ones before these are quantised, and a division into calls
+// must not cut a group.
 void adamw(ThreadPool& pool, const AdamWHyper& hyper, const AdamWPlanes& planes, const void* gradient,
            GradientType type, std::size_t n);
 

@@ -62,7 +62,8 @@ struct WindowSpec {
   std::size_t slot_bytes;
 };
 
-// Consumes gradients on the update lane. Calls for one submission come in order: begin, consume..., end.
+// Consumes gradients on the update lane. Calls for one submission come in order: begin, consume..., end; between them
+// may come calls for other chunks, whose weights are needed sooner.
 class GradientSink {
  public:
   virtual ~GradientSink() = default;
@@ -73,6 +74,7 @@ class GradientSink {
 
 struct SchedulerOptions {
   std::size_t piece_bytes = std::size_t{16} << 20;  // 4 to 32 MiB suit; a multiple of 4096
+  // At least 2. More let updates fall behind: they go on in the next forward, in the order of need.
   std::size_t ring_pieces = 8;
   std::size_t trace_spans = std::size_t{1} << 16;
 };

@@ -4,47 +4,14 @@
 
 #include "optimizer/kernels/kernels.h"
 
+#include "optimizer/kernels/elements.h"
+
 namespace slidecore::kernels::SLIDECORE_KERNEL_SET {
 namespace {
-
-inline float from_bits(std::uint32_t bits) {
-  return __builtin_bit_cast(float, bits);
-}
-inline std::uint32_t to_bits(float value) {
-  return __builtin_bit_cast(std::uint32_t, value);
-}
-
-inline float load(const std::uint16_t& bfloat16) {
-  return from_bits(std::uint32_t{bfloat16} << 16);
-}
-inline float load(const float& value) {
-  return value;
-}
-
-// Which NaN an operation returns depends on operand order, which the compiler may swap, and on the processor.
-// One pattern for all keeps the results identical; it is also one whose bf16 half is still a NaN.
-inline float one_nan(float value) {
-  return value != value ? from_bits(0x7fc00000u) : value;
-}
-
-inline std::uint16_t high_part(std::uint32_t bits) {
-  return static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
-}
-inline std::int16_t low_part(std::uint32_t bits) {
-  return static_cast<std::int16_t>(bits & 0xffffu);
-}
-inline std::uint32_t joined(std::uint16_t weight, std::int16_t residual) {
-  return (std::uint32_t{weight} << 16) + static_cast<std::uint32_t>(std::int32_t{residual});
-}
 
 // Five streams cross a page border every few thousand parameters, where the processor's own prefetch stops.
 constexpr std::size_t stride = 64;
 constexpr std::size_t prefetch_distance = 512;
-
-template <typename T>
-inline void prefetch(const T* plane) {
-  for (std::size_t i = 0; i < stride; i += 64 / sizeof(T)) __builtin_prefetch(plane + i, 1);
-}
 
 template <bool Split, typename Gradient>
 inline void loop(const Scalars s, const Gradient* __restrict gradient, std::uint16_t* __restrict weight,
@@ -83,15 +50,15 @@ void adamw(const Scalars& scalars, const Planes& planes, const void* gradient_pl
   auto [weight, residual, weight32, exp_avg, exp_avg_sq] = planes;
   while (n >= stride) {
     if (n > prefetch_distance) {
-      prefetch(gradient + prefetch_distance);
+      prefetch<stride>(gradient + prefetch_distance);
       if constexpr (Split) {
-        prefetch(weight + prefetch_distance);
-        prefetch(residual + prefetch_distance);
+        prefetch<stride>(weight + prefetch_distance);
+        prefetch<stride>(residual + prefetch_distance);
       } else {
-        prefetch(weight32 + prefetch_distance);
+        prefetch<stride>(weight32 + prefetch_distance);
       }
-      prefetch(exp_avg + prefetch_distance);
-      prefetch(exp_avg_sq + prefetch_distance);
+      prefetch<stride>(exp_avg + prefetch_distance);
+      prefetch<stride>(exp_avg_sq + prefetch_distance);
     }
     // The constant count lets the compiler drop the loop's checks and remainders.
     loop<Split>(scalars, gradient, weight, residual, weight32, exp_avg, exp_avg_sq, stride);
@@ -168,6 +135,7 @@ const Table table = {
     accumulate<float>,
     split,
     merge,
+    &table8,
 };
 
 }  // namespace slidecore::kernels::SLIDECORE_KERNEL_SET

@@ -30,6 +30,26 @@ struct Scalars {
 
 using AdamW = void (*)(const Scalars&, const Planes&, const void* gradient, std::size_t n);
 
+// With 8-bit moments. The first element begins a group of moments_group.
+struct Planes8 {
+  std::uint16_t* weight;
+  std::int16_t* residual;
+  float* weight32;
+  std::int8_t* exp_avg;
+  std::uint8_t* exp_avg_sq;
+  float* exp_avg_scale;
+  float* exp_avg_sq_scale;
+};
+
+using AdamW8 = void (*)(const Scalars&, const Planes8&, const void* gradient, std::size_t n);
+
+struct Table8 {
+  AdamW8 split_bfloat16;
+  AdamW8 split_float32;
+  AdamW8 whole_bfloat16;
+  AdamW8 whole_float32;
+};
+
 // sum = gradient (first) or sum += gradient; returns the sum of the results' squares, in a fixed order.
 using Accumulate = double (*)(float* sum, const void* gradient, std::size_t n, bool first);
 
@@ -43,16 +63,20 @@ struct Table {
   Accumulate accumulate_float32;
   void (*split)(const float* master, std::uint16_t* weight, std::int16_t* residual, std::size_t n);
   void (*merge)(const std::uint16_t* weight, const std::int16_t* residual, float* master, std::size_t n);
+  const Table8* moments8;
 };
 
 namespace generic {
 extern const Table table;
-}
+extern const Table8 table8;
+}  // namespace generic
 namespace avx2 {
 extern const Table table;
-}
+extern const Table8 table8;
+}  // namespace avx2
 namespace avx512 {
 extern const Table table;
-}
+extern const Table8 table8;
+}  // namespace avx512
 
 }  // namespace slidecore::kernels

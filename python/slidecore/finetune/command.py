@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-_MODEL, _TRAINING, _ENGINE = "Input and output", "Training", "Device"
+_MODEL, _TRAINING, _SAVING, _ENGINE = "Input and output", "Training", "Checkpoints and evaluation", "Device"
 
 
 def finetune(
@@ -54,6 +54,40 @@ def finetune(
         float, typer.Option(help="Decay of weight matrices (never of norms and biases).", rich_help_panel=_TRAINING)
     ] = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of data order and dropout.", rich_help_panel=_TRAINING)] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest complete checkpoint in --out (from the beginning if there is none).",
+            rich_help_panel=_SAVING,
+        ),
+    ] = False,
+    save_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between checkpoints; 0: only at Ctrl-C or SIGTERM.",
+            rich_help_panel=_SAVING,
+        ),
+    ] = 0,
+    keep: Annotated[int, typer.Option(help="How many checkpoints to keep.", rich_help_panel=_SAVING)] = 2,
+    eval_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between evaluations on held-out data; 0: only after the last step.", rich_help_panel=_SAVING
+        ),
+    ] = 0,
+    eval_fraction: Annotated[
+        float,
+        typer.Option(
+            help="Share of the sequences to hold out of training for that. They are drawn at random: a neighbour may "
+            "be a part of the same document.",
+            rich_help_panel=_SAVING,
+        ),
+    ] = 0.0,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(help="Data to evaluate on, in the formats of --data, instead.", rich_help_panel=_SAVING),
+    ] = None,
     device: Annotated[
         str, typer.Option(help='"auto", "cuda", "cuda:1" or "cpu" (the host backend).', rich_help_panel=_ENGINE)
     ] = "auto",
@@ -64,6 +98,13 @@ def finetune(
     compute_dtype: Annotated[
         str, typer.Option(help='"auto", "bfloat16" or "float32".', rich_help_panel=_ENGINE)
     ] = "auto",
+    moments: Annotated[
+        str,
+        typer.Option(
+            help='The optimizer\'s moments: "float32", or "8bit" for 6 bytes of host memory a parameter less.',
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "float32",
     window: Annotated[int, typer.Option(help="Slots of the window.", rich_help_panel=_ENGINE)] = 2,
     micro_batch: Annotated[
         str, typer.Option(help='Sequences that a chunk computes at once, or "auto".', rich_help_panel=_ENGINE)
@@ -72,7 +113,11 @@ def finetune(
         int, typer.Option(help="Step whose lanes are recorded; 0 for none.", rich_help_panel=_ENGINE)
     ] = 3,
 ) -> None:
-    """Fine-tune every parameter of a model, through a window of device memory."""
+    """Fine-tune every parameter of a model, through a window of device memory.
+
+    Ctrl-C or SIGTERM finishes the step, saves a checkpoint and exits with 130 or 143; the same command with --resume
+    goes on.
+    """
     from slidecore.finetune.loop import run
     from slidecore.finetune.options import Options
     from slidecore.finetune.report import summary_lines
@@ -84,6 +129,12 @@ def finetune(
         glob=glob,
         assistant_only=assistant_only,
         overwrite=overwrite,
+        resume=resume,
+        save_every=save_every,
+        keep=keep,
+        eval_every=eval_every,
+        eval_fraction=eval_fraction,
+        eval_data=eval_data,
         sequence_length=sequence_length,
         batch_size=batch_size,
         steps=steps,
@@ -95,6 +146,7 @@ def finetune(
         device=device,
         device_memory=device_memory,
         compute_dtype=compute_dtype,
+        moments=moments,
         window=window,
         micro_batch=int(micro_batch) if micro_batch.isdecimal() else micro_batch,
         trace_step=trace_step,

@@ -10,11 +10,12 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from slidecore.errors import InputError, MissingDependencyError
 PIECE_CHARACTERS = 1 << 20
 _SNIFFED_BYTES = 1 << 16
 _IGNORED_LABEL = -100
+_HELD_OUT = (1 << 20) - 1  # stands for an epoch where sequences to hold out are drawn
 # Suffixes of files that are certainly not what they would be read as.
 _NOT_TEXT = {
     ".json": "For JSON, give one object per line in a file that ends in .jsonl.",
@@ -94,10 +96,43 @@ class PackedData:
         per_epoch = len(self) // batch_size
         epoch, position = divmod(step, per_epoch)
         order = _order(len(self), seed, epoch)
-        rows = self.sequences[order[position * batch_size : (position + 1) * batch_size].tolist()]
+        return self.rows(order[position * batch_size : (position + 1) * batch_size].tolist())
+
+    def rows(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """These sequences, as `batch` gives them."""
+        rows = self.sequences[indices]
         input_ids = torch.as_tensor(rows["input_ids"], dtype=torch.int64)
         labels = torch.as_tensor(rows["labels"], dtype=torch.int64) if "labels" in rows else input_ids.clone()
         return {"input_ids": input_ids, "labels": labels}
+
+    def split(self, fraction: float, seed: int) -> tuple[PackedData, PackedData]:
+        """Two parts: what is left, and a share of `fraction` of the sequences (one at least), drawn with `seed`.
+
+        Raises:
+            InputError: nothing would be left.
+        """
+        held = max(1, round(fraction * len(self)))
+        if held >= len(self):
+            raise InputError(
+                f"the data gives {len(self)} sequences, too few to hold out {fraction:g} of them",
+                "Give more data, or a smaller --eval-fraction or --sequence-length.",
+            )
+        order = _order(len(self), seed, _HELD_OUT)
+        chosen, left = order[:held].sort().values, order[held:].sort().values
+        return self._select(left), self._select(chosen)
+
+    def _select(self, indices: torch.Tensor) -> PackedData:
+        return replace(self, sequences=self.sequences.select(indices.tolist()))
+
+    def digest(self) -> str:
+        """A BLAKE2b digest of all tokens and of which of them carry loss, in hexadecimal."""
+        import numpy as np
+
+        found = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.sequences.column_names):
+            for batch in self.sequences.select_columns(name).iter(batch_size=1024):
+                found.update(np.asarray(batch[name], dtype=np.int32).tobytes())
+        return found.hexdigest()
 
 
 def find_files(data: Path, pattern: str | None = None) -> DataFiles:

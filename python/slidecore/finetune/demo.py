@@ -86,7 +86,7 @@ def make_model(path: Path, *, hidden: int = 192, layers: int = 12, seed: int = 0
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from slidecore.finetune.output import without_bars
+    from slidecore.integrations.huggingface import without_bars
 
     tokenizer = make_tokenizer()
     config = LlamaConfig(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,25 @@ from typing import Any
 import torch
 
 import slidecore
-from slidecore.errors import InputError, InterruptedRunError, MissingDependencyError, TrainingError
-from slidecore.finetune import output
+from slidecore.errors import InputError, MissingDependencyError, TrainingError
+from slidecore.finetune import output, resuming
 from slidecore.finetune.data import PackedData, find_files, pack
+from slidecore.finetune.interrupts import Interrupts
 from slidecore.finetune.options import Options
-from slidecore.finetune.plots import plot_loss, plot_timeline
-from slidecore.finetune.report import MetricsFile, Progress, StepMetrics, Summary
+from slidecore.finetune.plots import plot_loss
+from slidecore.finetune.report import MetricsFile, Progress, Summary, format_seconds
+from slidecore.finetune.resuming import Resumption, identity_of
+from slidecore.finetune.training import Training, cosine_schedule, parameter_groups
 from slidecore.loading import Checkpoint
+
+__all__ = [
+    "Training",
+    "choose_compute_dtype",
+    "cosine_schedule",
+    "load_tokenizer",
+    "parameter_groups",
+    "run",
+]
 
 _SUMMARY_STEPS = 10
 
@@ -25,92 +36,187 @@ _SUMMARY_STEPS = 10
 def run(options: Options, progress: Progress | None = None) -> Summary:
     """Fine-tunes a model as `options` say and writes the output directory.
 
-    Written are the model and its tokenizer, metrics.jsonl (StepMetrics, a line per step), loss.png, and, if a step was
-    traced, timeline.png and trace.json.
+    Written are the model and its tokenizer, metrics.jsonl (StepMetrics, a line per step), loss.png, if a step was
+    traced timeline.png and trace.json, and the checkpoints that were asked for.
 
     Raises:
         InputError: the model, the data, the output directory or an option cannot be used; nothing has been trained.
         MissingDependencyError: a package of the `finetune` extra is not installed.
         TrainingError: the loss is not finite, or the disk is full.
-        InterruptedRunError: Ctrl-C.
+        CheckpointError: a checkpoint cannot be written for another reason.
+        InterruptedRunError: Ctrl-C; TerminatedRunError: SIGTERM. The step that ran was finished and saved, except
+            where nothing had been trained or the signal came twice; the message says which.
     """
     options.check()
     _check_packages()
     progress = progress or Progress()
-    # Cheap checks first: each finds its error before the next, longer piece of work.
-    try:
-        files = find_files(options.data, options.glob)
-        checkpoint = Checkpoint(options.model)
-        _check_context(checkpoint.config, options.sequence_length)
-        tokenizer = load_tokenizer(options.model)
-    except PermissionError as error:  # of a directory, when what lies in it is asked for
-        raise InputError(f"cannot read {error.filename}: {error.strerror}", "Check its permissions.") from error
-    out = output.OutputDirectory(options.out, overwrite=options.overwrite)
-    if files.skipped:
-        progress.say(f"{len(files.skipped)} files are neither text nor .jsonl nor .parquet and are left out")
+    with Interrupts(progress.say) as interrupts:
+        return _Run(options, progress, interrupts).run()
 
-    step, saved = 0, False
-    try:
-        with out.scratch() as scratch:
-            with progress.stage(f"Reading and packing {len(files)} files"):
-                data = pack(
-                    files,
-                    tokenizer,
-                    sequence_length=options.sequence_length,
-                    cache_dir=scratch,
-                    assistant_only=options.assistant_only,
-                )
-            steps = _count_steps(options, data, checkpoint.config)
-            progress.say(
-                f"{data.documents:,} documents, {data.tokens:,} tokens, {len(data):,} sequences of "
-                f"{data.sequence_length}; {steps:,} steps of {options.batch_size}"
-            )
-            with progress.stage(f"Loading {checkpoint.parameters:,} parameters"):
-                model = _load(checkpoint, options)
-            state = slidecore.stats(model)
-            out.check_space(sum(p.numel() * p.element_size() for p in model.parameters()))
-            training = Training(model, data, options, steps)
-            out.remove_figures()
-            with MetricsFile(out.path / output.METRICS) as metrics_file, progress.steps(steps) as show:
-                for step in range(1, steps + 1):
-                    metrics = training.step(step, out.path)
-                    metrics_file.write(metrics)
-                    show(metrics)
-            slidecore.synchronize(model)
-        _check_weights(model, steps)
-        with progress.stage("Saving"):
-            out.save_model(model, tokenizer)
-            saved = True
-        plot_loss(out.path / output.LOSS_PLOT, training.losses)
-    except KeyboardInterrupt:
-        # Where a checkpoint will be written, so that a run can be taken up again.
-        lost = f"the updates of {step - 1} steps are lost" if step > 1 else "nothing was trained yet"
-        raise InterruptedRunError(
-            f"interrupted; {lost}, and no model was written", f"What was measured so far is in {out.path}."
-        ) from None
-    except Exception as error:
-        if not output.disk_is_full(error):
-            raise
-        raise TrainingError(
-            f"the disk that {out.path} is on is full; the model was {'' if saved else 'not '}written",
-            "Free some space, or give an --out on another disk.",
-        ) from error
-    finally:
-        out.release()
-    state = slidecore.stats(model)
-    ends = min(_SUMMARY_STEPS, steps)
-    return Summary(
-        steps=steps,
-        first_loss=training.losses[0],
-        last_loss=sum(training.losses[-ends:]) / ends,
-        tokens_per_second=training.tokens_per_second(),
-        seconds=sum(training.seconds),
-        parameters=state.parameters,
-        planes_bytes=state.planes_bytes,
-        device_memory_peak=state.device_memory_peak,
-        ordinary_training_bytes=state.ordinary_training_bytes,
-        out=out.path,
-    )
+
+class _Run:
+    """One run, and how far it has come, for the messages of what stops it."""
+
+    def __init__(self, options: Options, progress: Progress, interrupts: Interrupts) -> None:
+        self.options = options
+        self.progress = progress
+        self.interrupts = interrupts
+        self.step = 0  # that is being taken, or was taken last
+        self.kept = 0  # the last one that is in a checkpoint
+        self.saved = False  # the model
+        # Cheap checks first: each finds its error before the next, longer piece of work.
+        try:
+            self.files = find_files(options.data, options.glob)
+            self.eval_files = find_files(options.eval_data) if options.eval_data is not None else None
+            self.checkpoint = Checkpoint(options.model)
+            _check_context(self.checkpoint.config, options.sequence_length)
+            self.tokenizer = load_tokenizer(options.model)
+        except PermissionError as error:  # of a directory, when what lies in it is asked for
+            raise InputError(f"cannot read {error.filename}: {error.strerror}", "Check its permissions.") from error
+        self.out = output.OutputDirectory(options.out, overwrite=options.overwrite, resume=options.resume)
+        if self.files.skipped:
+            progress.say(f"{len(self.files.skipped)} files are neither text nor .jsonl nor .parquet and are left out")
+
+    def run(self) -> Summary:
+        """Everything from reading the data on."""
+        try:
+            with self.out.scratch() as scratch:
+                training, steps = self._prepare(scratch)
+                with self.interrupts.deferred():
+                    self._train(training, steps)
+                slidecore.synchronize(training.model)
+            _check_weights(training.model, steps)
+            with self.progress.stage("Saving"):
+                self.out.save_model(training.model, self.tokenizer)
+                self.saved = True
+            evaluated = [(m.step, m.eval_loss) for m in training.history if m.eval_loss is not None]
+            plot_loss(self.out.path / output.LOSS_PLOT, [m.loss for m in training.history], held_out=evaluated)
+        except KeyboardInterrupt:
+            raise self.interrupts.error(
+                f"interrupted; {self._lost()}, and no model was written", self._what_is_left()
+            ) from None
+        except Exception as error:
+            if not output.disk_is_full(error):
+                raise
+            raise TrainingError(
+                f"the disk that {self.out.path} is on is full; the model was {'' if self.saved else 'not '}written",
+                f"Free some space, or give an --out on another disk. {self._what_is_left()}".strip(),
+            ) from error
+        finally:
+            self.out.release()
+        return self._summary(training, steps)
+
+    def _prepare(self, scratch: Path) -> tuple[Training, int]:
+        """Data, model and what trains it, with `steps` to train to; gone on from a checkpoint if there is one."""
+        options, progress = self.options, self.progress
+        with progress.stage(f"Reading and packing {len(self.files)} files"):
+            data, held_out = self._pack(scratch)
+        steps = _count_steps(options, data)
+        progress.say(
+            f"{data.documents:,} documents, {data.tokens:,} tokens, {len(data):,} sequences of "
+            f"{data.sequence_length}{f' ({len(held_out):,} more held out)' if held_out else ''}; {steps:,} steps of "
+            f"{options.batch_size}"
+        )
+        self.identity = identity_of(options, steps, data)
+        resumption = self._find_resumption()
+        with progress.stage(f"Loading {self.checkpoint.parameters:,} parameters"):
+            model = _load(self.checkpoint, options, resumption)
+        training = Training(model, data, options, steps, held_out, lambda: self.interrupts.requested)
+        if resumption is not None:
+            with progress.stage(f"Going on from {resumption.path.name}"):
+                resumption.load(training)
+            self.step = self.kept = resumption.step
+        saved = sum(p.numel() * p.element_size() for p in model.parameters())
+        checkpoints = options.keep + 1 if options.save_every else 0
+        self.out.check_space(saved + checkpoints * slidecore.stats(model).planes_bytes)
+        if resumption is None:
+            self.out.remove_earlier_run()
+        return training, steps
+
+    def _pack(self, scratch: Path) -> tuple[PackedData, PackedData | None]:
+        options, vocabulary = self.options, getattr(self.checkpoint.config, "vocab_size", None)
+        settings: dict[str, Any] = {
+            "sequence_length": options.sequence_length,
+            "assistant_only": options.assistant_only,
+        }
+        data = pack(self.files, self.tokenizer, cache_dir=scratch, **settings)
+        _check_vocabulary(data, vocabulary)
+        if self.eval_files is not None:
+            (scratch / "eval").mkdir()
+            try:
+                held_out = pack(self.eval_files, self.tokenizer, cache_dir=scratch / "eval", **settings)
+            except InputError as error:
+                raise InputError(f"--eval-data: {error.message}", error.hint) from error
+            _check_vocabulary(held_out, vocabulary)
+            return data, held_out
+        if options.eval_fraction:
+            return data.split(options.eval_fraction, options.seed)
+        return data, None
+
+    def _find_resumption(self) -> Resumption | None:
+        if self.out.newest is None:
+            if self.options.resume:
+                self.progress.say(f"no checkpoint in {self.out.path} yet: training begins with the first step")
+            return None
+        resumption = Resumption(self.out.newest)
+        resumption.check(self.identity)
+        return resumption
+
+    def _train(self, training: Training, steps: int) -> None:
+        options, interrupts = self.options, self.interrupts
+        metrics_file = MetricsFile(self.out.path / output.METRICS, training.history)
+        with metrics_file, self.progress.steps(steps, training.done) as show:
+            for self.step in range(training.done + 1, steps + 1):
+                metrics = training.step(self.step, self.out.path)
+                metrics_file.write(metrics)
+                show(metrics)
+                due = options.save_every > 0 and self.step % options.save_every == 0
+                stopping = interrupts.requested and self.step < steps
+                if due or stopping:
+                    path = self._save(training)
+                if stopping:
+                    raise interrupts.error(
+                        f"interrupted after step {self.step} of {steps}; everything is saved in {path}",
+                        "Go on with the same command and --resume (without --overwrite).",
+                    )
+
+    def _save(self, training: Training) -> Path:
+        began = time.monotonic()
+        path = resuming.save(training, self.out.checkpoints, self.identity, self.tokenizer)
+        self.kept = self.step
+        self.progress.say(f"saved {path} in {format_seconds(time.monotonic() - began)}")
+        return path
+
+    def _lost(self) -> str:
+        taken = max(self.step - 1, self.kept)  # one was under way
+        if not taken:
+            return "nothing was trained yet"
+        if not self.kept:
+            return f"the updates of {taken} steps are lost"
+        return f"the updates of {taken - self.kept} steps after the last checkpoint are lost"
+
+    def _what_is_left(self) -> str:
+        if self.kept:
+            return f"--resume goes on after step {self.kept}, from {self.out.checkpoints}."
+        return f"What was measured so far is in {self.out.path}." if self.step else ""
+
+    def _summary(self, training: Training, steps: int) -> Summary:
+        state = slidecore.stats(training.model)
+        history = training.history
+        ends = min(_SUMMARY_STEPS, steps)
+        return Summary(
+            steps=steps,
+            first_loss=history[0].loss,
+            last_loss=sum(m.loss for m in history[-ends:]) / ends,
+            tokens_per_second=training.tokens_per_second(),
+            seconds=sum(m.seconds for m in history),
+            parameters=state.parameters,
+            planes_bytes=state.planes_bytes,
+            device_memory_peak=state.device_memory_peak,
+            ordinary_training_bytes=state.ordinary_training_bytes,
+            out=self.out.path,
+            eval_loss=history[-1].eval_loss,
+        )
 
 
 def _check_weights(model: Any, steps: int) -> None:
@@ -134,79 +240,6 @@ def _check_packages() -> None:
             ) from error
 
 
-class Training:
-    """An offloaded model with its optimizer and schedule, stepped over packed data."""
-
-    def __init__(self, model: Any, data: PackedData, options: Options, steps: int) -> None:
-        self.model = model
-        self.data = data
-        self.options = options
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        torch.manual_seed(options.seed)
-        self.optimizer = slidecore.AdamW(
-            parameter_groups(model, options.weight_decay), lr=options.lr, betas=options.betas
-        )
-        self.scheduler = cosine_schedule(self.optimizer, options.warmup_steps(steps), steps)
-        model.train()
-
-    def step(self, number: int, out: Path) -> StepMetrics:
-        """Trains on the batch of step `number`, counted from 1; traces it into `out` if it is the step to trace.
-
-        Raises TrainingError where the loss is not finite; the weights have not been touched by that step.
-        """
-        began = time.perf_counter()
-        if number == self.options.trace_step:
-            # Whole, from idle lanes to idle lanes: the picture of one step, at the price of one overlap.
-            slidecore.synchronize(self.model)
-            with slidecore.trace(self.model) as trace:
-                loss, lr = self._update(number)
-                slidecore.synchronize(self.model)
-            trace.save(out / output.TRACE)
-            plot_timeline(out / output.TIMELINE_PLOT, trace.spans, title=f"Lanes in step {number}")
-        else:
-            loss, lr = self._update(number)
-        seconds = time.perf_counter() - began
-        self.losses.append(loss)
-        self.seconds.append(seconds)
-        state = slidecore.stats(self.model)
-        return StepMetrics(
-            step=number,
-            loss=loss,
-            lr=lr,
-            tokens_per_second=self._batch_tokens() / seconds,
-            device_memory=state.device_memory,
-            host_memory=state.host_memory,
-            seconds=seconds,
-        )
-
-    def tokens_per_second(self) -> float:
-        """Over all steps but the first, which warms up, and the traced one."""
-        left_out = {1, self.options.trace_step}
-        counted = [s for number, s in enumerate(self.seconds, start=1) if number not in left_out] or self.seconds
-        return self._batch_tokens() * len(counted) / sum(counted)
-
-    def _batch_tokens(self) -> int:
-        return self.options.batch_size * self.data.sequence_length
-
-    def _update(self, number: int) -> tuple[float, float]:
-        batch = self.data.batch(number - 1, self.options.batch_size, self.options.seed)
-        lr = float(self.scheduler.get_last_lr()[0])
-        result = self.model(**batch).loss
-        # Looked at before backward, which in overlap mode already updates weights.
-        loss = float(result.detach())
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} at step {number}; the run stopped and no model was written",
-                "Lower --lr, lengthen --warmup, or check the data; at step 1 it is the model's weights that are bad.",
-            )
-        result.backward()
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        return loss, lr
-
-
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory. Raises InputError where it has none, or one that cannot be read."""
     try:
@@ -227,30 +260,6 @@ def load_tokenizer(path: Path) -> Any:
             f"cannot read the tokenizer in {path}: {str(error).strip().splitlines()[0] if str(error) else error!r}",
             "Copy or download the tokenizer's files again.",
         ) from error
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: parameters of two or more dimensions with weight decay; norms and biases without."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear rise over `warmup` steps to the peak, then half a cosine towards zero at `steps`.
-
-    Neither the first nor the last step has a rate of zero: each would be a step without effect.
-    """
-
-    def factor(done: int) -> float:
-        if done < warmup:
-            return (done + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, steps - warmup)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def choose_compute_dtype(name: str, device: str) -> torch.dtype:
@@ -277,11 +286,17 @@ def _multiply_seconds(dtype: torch.dtype) -> float:
     return min(times)
 
 
-def _load(checkpoint: Checkpoint, options: Options) -> Any:
+def _load(checkpoint: Checkpoint, options: Options, resumption: Resumption | None) -> Any:
+    name = options.compute_dtype
+    if resumption is not None:
+        if name not in ("auto", resumption.compute_dtype):
+            raise InputError(
+                f"--compute-dtype is {name}, but the run saved in {resumption.path} has {resumption.compute_dtype}",
+                'Give that one, or "auto".',
+            )
+        name = resumption.compute_dtype
     try:
-        return checkpoint.load(
-            compute_dtype=choose_compute_dtype(options.compute_dtype, options.device), **options.offload_options()
-        )
+        return checkpoint.load(compute_dtype=choose_compute_dtype(name, options.device), **options.offload_options())
     except InputError:
         raise
     except (ValueError, RuntimeError, MemoryError) as error:
@@ -298,18 +313,20 @@ def _check_context(config: Any, sequence_length: int) -> None:
         )
 
 
-def _count_steps(options: Options, data: PackedData, config: Any) -> int:
+def _check_vocabulary(data: PackedData, vocabulary: Any) -> None:
+    if isinstance(vocabulary, int) and data.largest_token >= vocabulary:
+        raise InputError(
+            f"the tokenizer gives token {data.largest_token}, but the model's vocabulary has {vocabulary} entries",
+            "The tokenizer in the model directory belongs to another model.",
+        )
+
+
+def _count_steps(options: Options, data: PackedData) -> int:
     per_epoch = len(data) // options.batch_size
     if not per_epoch:
         raise InputError(
             f"the data gives {len(data)} sequences of {data.sequence_length} tokens, fewer than a batch of "
             f"{options.batch_size}",
             "Give more data, or a smaller --batch-size or --sequence-length.",
-        )
-    vocabulary = getattr(config, "vocab_size", None)
-    if isinstance(vocabulary, int) and data.largest_token >= vocabulary:
-        raise InputError(
-            f"the tokenizer gives token {data.largest_token}, but the model's vocabulary has {vocabulary} entries",
-            "The tokenizer in the model directory belongs to another model.",
         )
     return options.steps or max(1, round(options.epochs * per_epoch))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from slidecore.errors import InputError
+from slidecore.planes import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,18 @@ class Options:
         device_memory: budget such as "20GiB", or bytes; None: what the device has.
         compute_dtype: "auto", "bfloat16" or "float32". "auto" is bfloat16 on a card, and on the host backend the one
             that this CPU multiplies faster.
+        moments: what the optimizer's moments are kept in, "float32" or "8bit".
         window: number of slots.
         micro_batch: sequences that a chunk computes at once, or "auto".
         seed: of data order and dropout.
         trace_step: the step, counted from 1, whose lanes are recorded; 0: none.
-        overwrite: allow `out` to have files in it; those of an earlier model are replaced.
+        overwrite: allow `out` to have files in it; those of an earlier run are replaced.
+        resume: go on from the newest complete checkpoint in `out`; from the beginning if there is none.
+        save_every: steps between checkpoints; 0: only when the run is interrupted.
+        keep: how many of the newest checkpoints to keep.
+        eval_every: steps between evaluations on held-out data; 0: only after the last step.
+        eval_fraction: share of the sequences, drawn with `seed`, that is held out of training; 0: none.
+        eval_data: file or directory with data to evaluate on, instead of a share of the training data.
     """
 
     model: Path
@@ -54,11 +62,18 @@ class Options:
     device: str = "auto"
     device_memory: str | int | None = None
     compute_dtype: str = "auto"
+    moments: str = "float32"
     window: int = 2
     micro_batch: int | str = "auto"
     seed: int = 0
     trace_step: int = 3
     overwrite: bool = False
+    resume: bool = False
+    save_every: int = 0
+    keep: int = 2
+    eval_every: int = 0
+    eval_fraction: float = 0.0
+    eval_data: Path | None = None
 
     def check(self) -> None:
         """Raises InputError naming the first option whose value makes no sense."""
@@ -73,6 +88,10 @@ class Options:
             (0 <= self.weight_decay < float("inf"), "--weight-decay", self.weight_decay, "0 or more"),
             (self.window >= 2, "--window", self.window, "at least 2"),
             (0 <= self.seed < 2**32, "--seed", self.seed, f"0 to {2**32 - 1}"),
+            (self.save_every >= 0, "--save-every", self.save_every, "0 (none but at an interrupt) or more"),
+            (self.keep >= 1, "--keep", self.keep, "at least 1"),
+            (self.eval_every >= 0, "--eval-every", self.eval_every, "0 (after the last step) or more"),
+            (0 <= self.eval_fraction < 1, "--eval-fraction", self.eval_fraction, "0 or more and below 1"),
             (self.trace_step >= 0, "--trace-step", self.trace_step, "0 (no trace) or a step"),
             (
                 self.compute_dtype in ("auto", "bfloat16", "float32"),
@@ -80,6 +99,7 @@ class Options:
                 self.compute_dtype,
                 "auto, bfloat16 or float32 (float16 has too small a range to train in)",
             ),
+            (self.moments in get_args(Moments), "--moments", self.moments, " or ".join(get_args(Moments))),
             (
                 micro_batch == "auto" or (isinstance(micro_batch, int) and micro_batch >= 1),
                 "--micro-batch",
@@ -90,6 +110,15 @@ class Options:
         for holds, name, value, allowed in rules:
             if not holds:
                 raise InputError(f"{name} is {value}", f"It has to be {allowed}.")
+        if self.resume and self.overwrite:
+            raise InputError("--resume goes on with a run, --overwrite replaces it", "Give one of the two.")
+        if self.eval_fraction and self.eval_data is not None:
+            raise InputError("both --eval-fraction and --eval-data are given", "Give one of the two.")
+        if self.eval_every and not self.eval_fraction and self.eval_data is None:
+            raise InputError(
+                f"--eval-every is {self.eval_every}, but there is nothing to evaluate on",
+                "Give --eval-fraction 0.01, say, or --eval-data.",
+            )
 
     def warmup_steps(self, steps: int) -> int:
         """Number of warm-up steps in a run of `steps` steps."""
@@ -100,6 +129,7 @@ class Options:
         return {
             "device": self.device,
             "device_memory": self.device_memory,
+            "moments": self.moments,
             "window": self.window,
             "micro_batch": self.micro_batch,
         }

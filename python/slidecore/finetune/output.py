@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slidecore.checkpoints import latest_checkpoint
+from slidecore.checkpoints.saving import write_model
 from slidecore.errors import InputError
 
 METRICS, LOSS_PLOT, TIMELINE_PLOT, TRACE = "metrics.jsonl", "loss.png", "timeline.png", "trace.json"
-# Shards of this size bound what writing one needs beside the planes.
+CHECKPOINTS = "checkpoints"
 SHARD_SIZE = "4GB"
 _SAVING, _SCRATCH = ".saving-", ".data-"
 
@@ -25,10 +27,15 @@ class OutputDirectory:
     """Creates and checks the directory, and puts a saved model into it in one go.
 
     Until `release()`, no other run can have it. Raises InputError where another has, where it cannot be written, or
-    where it has files in it and `overwrite` is false.
+    where it has files in it and neither `overwrite` nor `resume` allows that.
+
+    Attributes:
+        path: the directory.
+        checkpoints: the directory of its checkpoints.
+        newest: the checkpoint to go on from, if `resume` and there is one.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -43,9 +50,26 @@ class OutputDirectory:
             raise InputError(
                 f"cannot write to {path}: {error.strerror}", "Give an --out directory that you may write to."
             ) from error
-        if any(path.iterdir()) and not overwrite:
+        self.checkpoints = path / CHECKPOINTS
+        self.newest = latest_checkpoint(self.checkpoints) if resume else None
+        if any(path.iterdir()) and not (overwrite or resume):
             self.release()
-            raise InputError(f"{path} is not empty", "Give another --out, or --overwrite to replace what is there.")
+            again = ", or --resume to go on with the run in it" if self.checkpoints.is_dir() else ""
+            raise InputError(
+                f"{path} is not empty", f"Give another --out, or --overwrite to replace what is there{again}."
+            )
+        if resume and self.newest is None and self.checkpoints.is_dir() and any(self.checkpoints.glob("[!.]*")):
+            self.release()
+            raise InputError(
+                f"no checkpoint in {self.checkpoints} is complete",
+                "Look at what is there: another run from the beginning would remove it. --overwrite does.",
+            )
+        if resume and self.newest is None and (path / "config.json").exists():
+            self.release()
+            raise InputError(
+                f"{path} holds a model and no checkpoint to go on from",
+                "The run that wrote it has ended. Give another --out, or --overwrite instead of --resume.",
+            )
 
     def _acquire(self) -> None:
         """Locks the directory itself: that leaves nothing behind, and ends with the process however it ends."""
@@ -70,8 +94,9 @@ class OutputDirectory:
                 "Free some space, or give an --out on another disk.",
             )
 
-    def remove_figures(self) -> None:
-        """Those of an earlier run, which this one may not replace: it may trace no step, or stop on its way."""
+    def remove_earlier_run(self) -> None:
+        """What this run may not replace, as it may trace no step, or stop on its way: figures and checkpoints."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
         for name in (LOSS_PLOT, TIMELINE_PLOT, TRACE):
             (self.path / name).unlink(missing_ok=True)
 
@@ -92,11 +117,7 @@ class OutputDirectory:
         """
         staging = Path(tempfile.mkdtemp(prefix=_SAVING, dir=self.path))
         try:
-            with without_bars():
-                model.save_pretrained(staging, max_shard_size=SHARD_SIZE)
-                tokenizer.save_pretrained(staging)
-            for file in staging.iterdir():
-                _sync(file)
+            write_model(model, staging, tokenizer=tokenizer, shard_size=SHARD_SIZE)
             config = self.path / "config.json"
             config.unlink(missing_ok=True)
             for old in (*self.path.glob("*.safetensors"), *self.path.glob("*.safetensors.index.json")):
@@ -118,20 +139,6 @@ def disk_is_full(error: BaseException) -> bool:
             return True
         chain = chain.__cause__ or chain.__context__
     return False
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would fight with the run's."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _sync(path: Path) -> None:

@@ -31,13 +31,16 @@ _COLOURS = {
 }
 
 
-def plot_loss(path: Path, losses: Sequence[float], *, first_step: int = 1) -> None:
+def plot_loss(
+    path: Path, losses: Sequence[float], *, first_step: int = 1, held_out: Sequence[tuple[int, float]] = ()
+) -> None:
     """Writes the loss curve as PNG: every step, and a running mean where there are enough of them.
 
     Args:
         path: file to write.
         losses: one loss per step, in nats.
         first_step: number of the step of `losses[0]`.
+        held_out: (step, loss on held-out data after it) where that was taken.
     """
     figure, axes = _figure(8, 4.5)
     steps = range(first_step, first_step + len(losses))
@@ -53,8 +56,11 @@ def plot_loss(path: Path, losses: Sequence[float], *, first_step: int = 1) -> No
     )
     if many:
         axes.plot(steps, smooth, color="#1f618d", linewidth=2, label=f"mean of {max(1, len(losses) // 25)} steps")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#e67e22", linewidth=1.5, marker="o", label="held-out data")
+    if many or held_out:
         axes.legend(frameon=False)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss" if held_out else "Training loss")
     axes.grid(alpha=0.3)
     axes.locator_params(axis="x", integer=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ class StepMetrics:
         device_memory: bytes of device memory in use at the end of the step.
         host_memory: bytes of host memory in planes and buffers.
         seconds: duration of the step.
+        eval_loss: in nats per token of the held-out data, after this step; None where it was not taken.
     """
 
     step: int
@@ -41,11 +42,15 @@ class StepMetrics:
     device_memory: int
     host_memory: int
     seconds: float
+    eval_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended. `last_loss` is the mean of the last steps (up to ten); memory is in bytes."""
+    """How a run ended. `last_loss` is the mean of the last steps (up to ten); memory is in bytes.
+
+    `eval_loss` is that on held-out data at the end, None if there is none.
+    """
 
     steps: int
     first_loss: float
@@ -57,13 +62,19 @@ class Summary:
     device_memory_peak: int
     ordinary_training_bytes: int
     out: Path
+    eval_loss: float | None = None
 
 
 class MetricsFile:
-    """Writes metrics.jsonl line by line, so that it can be followed, and is whole up to wherever a run stopped."""
+    """Writes metrics.jsonl line by line, so that it can be followed, and is whole up to wherever a run stopped.
 
-    def __init__(self, path: Path) -> None:
+    It begins with the steps `before` a resumption: a run that was killed may have written more lines than it saved.
+    """
+
+    def __init__(self, path: Path, before: Iterable[StepMetrics] = ()) -> None:
         self._file: IO[str] = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by __exit__
+        for metrics in before:
+            self.write(metrics)
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -111,10 +122,10 @@ class Progress:
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def steps(self, total: int) -> Iterator[Any]:
-        """Gives a function that takes the StepMetrics of each of `total` steps."""
+    def steps(self, total: int, done: int = 0) -> Iterator[Any]:
+        """Gives a function that takes the StepMetrics of each of `total` steps, of which `done` are done."""
         if not self.console.is_terminal:
-            yield _PlainSteps(self, total)
+            yield _PlainSteps(self, total, done)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -128,21 +139,23 @@ class Progress:
             TimeRemainingColumn(compact=True),
         ]
         with Bar(*columns, console=self.console) as bar:
-            task = bar.add_task("steps", total=total, figures="")
+            task = bar.add_task("steps", total=total, completed=done, figures="")
             yield lambda metrics: bar.update(task, completed=metrics.step, figures=_figures(metrics))
 
 
 class _PlainSteps:
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: Progress, total: int, done: int) -> None:
         self._progress = progress
         self._total = total
+        self._done = done
         self._every = max(1, total // _PLAIN_LINES)
         self._began = time.monotonic()
 
     def __call__(self, metrics: StepMetrics) -> None:
-        if metrics.step % self._every and metrics.step not in (1, self._total):
+        shown = metrics.step in (self._done + 1, self._total) or metrics.eval_loss is not None
+        if metrics.step % self._every and not shown:
             return
-        left = (time.monotonic() - self._began) / metrics.step * (self._total - metrics.step)
+        left = (time.monotonic() - self._began) / (metrics.step - self._done) * (self._total - metrics.step)
         self._progress.say(f"step {metrics.step}/{self._total}  {_figures(metrics)}  left {format_seconds(left)}")
 
 
@@ -150,9 +163,10 @@ def summary_lines(summary: Summary) -> list[str]:
     """The closing words: loss, speed, memory against what ordinary training would hold, and where the files are."""
     ordinary = summary.ordinary_training_bytes
     share = summary.device_memory_peak / ordinary if ordinary else 0.0
+    held_out = f", {summary.eval_loss:.3f} on held-out data" if summary.eval_loss is not None else ""
     return [
         f"{summary.steps} steps in {format_seconds(summary.seconds)}",
-        f"loss           {summary.first_loss:.3f} -> {summary.last_loss:.3f} nats per token",
+        f"loss           {summary.first_loss:.3f} -> {summary.last_loss:.3f} nats per token{held_out}",
         f"speed          {summary.tokens_per_second:,.0f} tokens/s",
         f"device memory  {format_bytes(summary.device_memory_peak)} at most; ordinary training would hold "
         f"{format_bytes(ordinary)} for the same {summary.parameters:,} parameters ({share:.0%} of it)",
@@ -178,8 +192,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def _figures(metrics: StepMetrics) -> str:
+    held_out = f"held out {metrics.eval_loss:.3f}  " if metrics.eval_loss is not None else ""
     return (
-        f"loss {metrics.loss:.3f}  {metrics.tokens_per_second:,.0f} tokens/s  "
+        f"loss {metrics.loss:.3f}  {held_out}{metrics.tokens_per_second:,.0f} tokens/s  "
         f"device {format_bytes(metrics.device_memory)}  host {format_bytes(metrics.host_memory)}"
     )
 

@@ -5,8 +5,11 @@ Nothing here goes by a model's name: it looks at the methods that `transformers.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slidecore.head import DeferredLogits, linear_cross_entropy
+from slidecore.kept import trained
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
@@ -29,11 +33,29 @@ def accelerated() -> bool:
     return state is not None and bool(state.is_initialized())
 
 
-def attach(model: nn.Module, engine: Engine) -> None:
-    """Adapts a model of transformers; does nothing to others."""
+def pretrained_models(model: nn.Module) -> list[nn.Module]:
+    """`model` if it is one of transformers', or else the outermost ones inside of it (PEFT's hold what they adapt)."""
     transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    if transformers is None:
+        return found
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel) and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
+
+
+def attach(model: nn.Module, engine: Engine) -> None:
+    """Adapts the models of transformers that `model` is or holds."""
+    for part in pretrained_models(model):
+        _attach(part, engine)
+
+
+def _attach(model: nn.Module, engine: Engine) -> None:
+    import transformers
+
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.gradient_checkpointing_disable()  # type: ignore[operator]
     handles = []
@@ -44,8 +66,22 @@ def attach(model: nn.Module, engine: Engine) -> None:
                 handles.append(part.register_forward_pre_hook(_without_cache, with_kwargs=True))
     use = _head_of(model, engine)
     if use is not None:
-        handles += _defer_logits(model, engine, use)
+        _defer_logits(model, engine, use)
     engine.detach += [handle.remove for handle in handles]
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would fight with the caller's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _without_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -65,29 +101,34 @@ def _head_of(model: nn.Module, engine: Engine) -> Use | None:
     return next((use for use in engine.uses if use.module is head), None) if head is not None else None
 
 
-def _defer_logits(model: nn.Module, engine: Engine, use: Use) -> list[Any]:
+def _defer_logits(model: nn.Module, engine: Engine, use: Use) -> None:
     deferring = False
     head = use.module
-    visiting = head.forward
+    visiting, inner = head.forward, model.forward
+    signature = inspect.signature(type(model).forward)
 
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    # Not by hooks: PEFT's models call the forward of the model that they adapt.
+    @functools.wraps(inner)
+    def whole(*args: Any, **kwargs: Any) -> Any:
         nonlocal deferring
-        bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
-        deferring = bound.arguments.get("labels") is not None
+        deferring = signature.bind_partial(model, *args, **kwargs).arguments.get("labels") is not None
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            deferring = False
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal deferring
-        deferring = False
-
+    @functools.wraps(visiting)
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not deferring or args or kwargs:
+        # The loss makes gradients in forward, which those of kept parameters inside of the head must not be.
+        if not deferring or args or kwargs or trained(list(head.modules()), engine.entries):
             return visiting(hidden, *args, **kwargs)  # type: ignore[no-any-return]
         vocabulary = int(head.weight.shape[0])  # type: ignore[index, union-attr, arg-type]
         return DeferredLogits.make(
             engine, use, hidden, torch.Size((*hidden.shape[:-1], vocabulary)), engine.compute_dtype
         )
 
-    head.forward = forward  # type: ignore[method-assign]
+    engine.replace_forward(head, forward)
+    engine.replace_forward(model, whole)
     original = model.loss_function
 
     def loss_function(
@@ -119,7 +160,3 @@ def _defer_logits(model: nn.Module, engine: Engine, use: Use) -> list[Any]:
                 del model.__dict__[name]
 
     engine.detach.append(restore)
-    return [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, always_call=True),
-    ]

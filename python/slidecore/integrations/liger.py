@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from slidecore.errors import UsageError
+from slidecore.integrations.huggingface import pretrained_models
 
 logger = logging.getLogger("slidecore")
 
@@ -29,6 +30,7 @@ def apply(model: nn.Module, kernels: Kernels, *, on_card: bool) -> Callable[[], 
     """
     if kernels == "torch":
         return None
+    model = next(iter(pretrained_models(model)), model)
     reason = _why_not(model, on_card)
     if reason is not None:
         if kernels == "liger":

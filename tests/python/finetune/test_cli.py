@@ -122,6 +122,7 @@ def _out_below_a_file(arguments: Arguments) -> None:
         (_set(micro_batch="many"), "--micro-batch is many"),
         (_set(micro_batch="²"), "--micro-batch is ²"),
         (_set(compute_dtype="float16"), "--compute-dtype is float16"),
+        (_set(moments="4bit"), "--moments is 4bit"),
         (_set(device="abacus"), "cannot offload the model"),
         (_set(device_memory="1KiB"), "cannot offload the model"),
         (_set(device_memory="lots"), "cannot offload the model"),

@@ -15,7 +15,7 @@ import slidecore
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from slidecore.errors import BudgetError, InputError, InterruptedRunError, TrainingError
+from slidecore.errors import BudgetError, CheckpointError, InputError, InterruptedRunError, TrainingError
 from slidecore.finetune import loop, output
 from slidecore.finetune.data import find_files, pack
 from slidecore.finetune.options import Options
@@ -108,6 +108,17 @@ def test_bfloat16_keeps_the_dtype_in_what_is_written(options: Options) -> None:
     assert not (options.out / output.TRACE).exists()
 
 
+def test_moments_in_8_bits_take_less_memory_and_learn_alike(options: Options) -> None:
+    wide = loop.run(options)
+    wide_losses = [entry["loss"] for entry in _lines(options.out)]
+    narrow = loop.run(dataclasses.replace(options, moments="8bit", overwrite=True))
+    # 12 bytes a parameter of float32 become 6.0625; small chunks are padded to pages.
+    assert wide.planes_bytes - narrow.planes_bytes > 5 * narrow.parameters
+    losses = [entry["loss"] for entry in _lines(options.out)]
+    assert losses != wide_losses
+    assert losses == pytest.approx(wide_losses, abs=0.05)
+
+
 def test_figures_of_an_earlier_run_do_not_stay(options: Options) -> None:
     loop.run(options)
     loop.run(dataclasses.replace(options, overwrite=True, trace_step=0))
@@ -173,9 +184,9 @@ def test_an_interrupt_says_what_is_lost_and_leaves_no_half_model(
 
 
 def test_a_save_that_fails_leaves_the_earlier_model(
-    options: Options, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    options: Options, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, offload: Any
 ) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model)
+    model = offload(transformers.AutoModelForCausalLM.from_pretrained(options.model))
     out = output.OutputDirectory(tmp_path / "out")
     out.save_model(model, tokenizer)
     before = {path.name: path.read_bytes() for path in out.path.iterdir()}
@@ -185,15 +196,15 @@ def test_a_save_that_fails_leaves_the_earlier_model(
         raise OSError("disk full")
 
     monkeypatch.setattr(model, "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         out.save_model(model, tokenizer)
     assert {path.name: path.read_bytes() for path in out.path.iterdir()} == before
 
 
 def test_overwriting_leaves_nothing_of_the_earlier_model(
-    options: Options, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    options: Options, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, offload: Any
 ) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model)
+    model = offload(transformers.AutoModelForCausalLM.from_pretrained(options.model))
     monkeypatch.setattr(output, "SHARD_SIZE", "10KB")
     output.OutputDirectory(tmp_path / "out").save_model(model, tokenizer)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()

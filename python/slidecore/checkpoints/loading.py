@@ -1,0 +1,198 @@
+"""Reading a checkpoint: compare it with the model, check every byte, and only then fill the planes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from slidecore.checkpoints import state as training_state
+from slidecore.checkpoints.checks import check_at_rest, check_usable
+from slidecore.checkpoints.chunks import describe_entries, describe_planes, planes_of
+from slidecore.checkpoints.files import Stop, bytes_of, choose_threads, read_file, run_all
+from slidecore.checkpoints.manifest import BUFFERS, MANIFEST, STATE, Manifest, read_manifest
+from slidecore.checkpoints.weights import persistent_buffers
+from slidecore.errors import CheckpointError
+from slidecore.offloading import engine_of
+
+if TYPE_CHECKING:
+    from slidecore.engine import Engine
+    from slidecore.optimizer import AdamW
+
+# What goes where: for every file (offset, memory) of each part.
+_Parts = dict[str, list[tuple[int, memoryview]]]
+
+
+def load_checkpoint(
+    model: nn.Module,
+    optimizer: AdamW,
+    directory: str | Path,
+    *,
+    scheduler: Any = None,
+    random_state: bool = True,
+    verify: bool = True,
+    threads: int = 0,
+) -> Any:
+    """Puts a model, its optimizer and the random states where `save_checkpoint` found them.
+
+    Build the model as in the run that was saved (its weights may be anything, even "meta"), offload it with the same
+    compute dtype and blocks, and create optimizer and scheduler with the same groups. What follows is bit for bit what
+    the saved run would have done, on the same device, with the same budgets.
+
+    Args:
+        model: an offloaded model, between steps.
+        optimizer: its slidecore.AdamW; the groups' options become those that were saved.
+        directory: a checkpoint; see `latest_checkpoint`.
+        scheduler: given if, and only if, one was saved; of the same class.
+        random_state: False leaves the random generators as they are.
+        verify: read everything once to check it before anything is changed, and a second time to fill the planes. False
+            reads once and checks on the way: half the time where the files do not fit the page cache, but a damaged
+            file is found when parts of the model are overwritten (the error says so; build the model anew then).
+        threads: files read at the same time; 0: as many as there are CPUs, at most 8.
+
+    Returns:
+        `extra` of `save_checkpoint`.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, a file is missing, truncated or damaged, or it belongs to
+            another model, dtype, optimizer or scheduler. Nothing was changed (see `verify` for the exception).
+        UsageError: the model is between forward, backward and `optimizer.step()`, was offloaded with train=False, or is
+            another optimizer's.
+    """
+    engine = engine_of(model)
+    check_usable(engine, optimizer)
+    check_at_rest(engine)
+    threads = choose_threads(threads)
+    manifest = read_manifest(Path(directory))
+    manifest.check_sizes()
+    _check_model(manifest, engine)
+    buffers = persistent_buffers(model)
+    _check_buffers(manifest, buffers)
+    state = read_state(manifest)
+    training_state.check_fits(state, engine, optimizer, scheduler, model)
+    if verify:
+        _read(manifest, {}, manifest.files, threads, keep_cached=True)
+
+    engine.drain()
+    staged = {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in buffers.items()}
+    parts = _parts_of_planes(manifest, engine)
+    parts[BUFFERS] = [(said["offset"], bytes_of(staged[said["name"]])) for said in manifest.body["buffers"]]
+    try:
+        _read(manifest, parts, parts if verify else manifest.files, threads, keep_cached=False)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error.message}. Parts of the model have been overwritten: build it anew before going on"
+        ) from error
+    finally:
+        for chunk in engine.chunks:
+            engine.scheduler.invalidate(chunk.index)
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(staged[name])
+    for chunk, said in zip(engine.chunks, manifest.body["chunks"], strict=True):
+        for entry, kept in zip(chunk.entries, said["entries"], strict=True):
+            entry.step = int(kept["step"])
+    training_state.apply(state, model, engine, optimizer, scheduler, random_state)
+    return state["extra"]
+
+
+def read_state(manifest: Manifest) -> dict[str, Any]:
+    """The training state besides the planes: a dict with `extra`, `groups`, `scheduler` and more."""
+    return training_state.decode(manifest.read(STATE), str(manifest.directory / STATE))
+
+
+def _read(manifest: Manifest, parts: _Parts, names: Iterable[str], threads: int, *, keep_cached: bool) -> None:
+    """Reads the files `names`, several at a time, checks them, and fills `parts`."""
+    stop = Stop()
+    order = sorted(names, key=lambda name: -manifest.files[name].nbytes)
+    tasks = [
+        partial(
+            read_file,
+            manifest.directory / name,
+            manifest.files[name],
+            parts.get(name, ()),
+            stop,
+            keep_cached=keep_cached,
+        )
+        for name in order
+    ]
+    run_all(tasks, threads, stop)
+
+
+def _parts_of_planes(manifest: Manifest, engine: Engine) -> _Parts:
+    parts: _Parts = {}
+    for chunk, said in zip(engine.chunks, manifest.body["chunks"], strict=True):
+        planes = planes_of(engine, chunk)
+        for name, offset in said["offsets"].items():
+            parts.setdefault(said["file"], []).append((offset, bytes_of(planes[name])))
+        for entry, kept in zip(chunk.entries, said["entries"], strict=True):
+            if kept["weight"] is not None:
+                file, offset = kept["weight"]
+                parts.setdefault(file, []).append((offset, bytes_of(engine.planes.weight.view(chunk, entry))))
+    return parts
+
+
+def _check_model(manifest: Manifest, engine: Engine) -> None:
+    """Raises CheckpointError naming the first thing in which the model differs from the one that was saved."""
+    where = manifest.directory / MANIFEST
+    dtype = str(engine.compute_dtype).removeprefix("torch.")
+    kept_dtype = manifest.body["compute_dtype"]
+    if kept_dtype != dtype:
+        raise CheckpointError(
+            f"{where}: saved with compute_dtype={kept_dtype}, but the model was offloaded with {dtype}"
+        )
+    _check_entries(where, manifest.body["chunks"], engine)
+    for chunk, said in zip(engine.chunks, manifest.body["chunks"], strict=True):
+        mine = describe_planes(engine, chunk)
+        for name in sorted(mine.keys() | said["planes"].keys()):
+            if mine.get(name) != said["planes"].get(name):
+                raise CheckpointError(
+                    f"{where}: the {name} plane of {chunk.name!r} was saved as {_form(said['planes'].get(name))}, the "
+                    f"model has {_form(mine.get(name))}: offload it with the options of the run that was saved"
+                )
+
+
+def _check_entries(where: Path, chunks: list[dict[str, Any]], engine: Engine) -> None:
+    saved = {entry["name"]: entry for chunk in chunks for entry in chunk["entries"]}
+    mine = {entry["name"]: entry for chunk in engine.chunks for entry in describe_entries(chunk)}
+    for name in [*mine, *saved]:
+        if name not in saved:
+            raise CheckpointError(f"{where}: the checkpoint is of another model; it has no parameter {name!r}")
+        if name not in mine:
+            raise CheckpointError(f"{where}: the checkpoint is of another model; it has a parameter {name!r}")
+        if saved[name]["shape"] != mine[name]["shape"]:
+            raise CheckpointError(
+                f"{where}: {name} has shape {saved[name]['shape']} in the checkpoint and {mine[name]['shape']} in the "
+                f"model"
+            )
+        if saved[name]["trainable"] != mine[name]["trainable"]:
+            word = "trained" if saved[name]["trainable"] else "frozen"
+            raise CheckpointError(f"{where}: {name} was {word} in the run that was saved, and is not in this model")
+    layouts = [
+        [(c["name"], [(e["name"], e["offset"]) for e in c["entries"]]) for c in chunks],
+        [(c.name, [(e["name"], e["offset"]) for e in describe_entries(c)]) for c in engine.chunks],
+    ]
+    if layouts[0] != layouts[1]:
+        raise CheckpointError(
+            f"{where}: the parameters are the model's, but they were divided into other chunks; offload with the "
+            f"blocks= (and the version of slidecore) of the run that was saved"
+        )
+
+
+def _form(plane: dict[str, Any] | None) -> str:
+    return "none" if plane is None else f"{plane['numel']} elements of {plane['dtype'].removeprefix('torch.')}"
+
+
+def _check_buffers(manifest: Manifest, buffers: dict[str, torch.Tensor]) -> None:
+    saved = {said["name"]: (said["dtype"], said["shape"]) for said in manifest.body["buffers"]}
+    mine = {name: (str(buffer.dtype), list(buffer.shape)) for name, buffer in buffers.items()}
+    for name in [*mine, *saved]:
+        if saved.get(name) != mine.get(name):
+            raise CheckpointError(
+                f"{manifest.directory / MANIFEST}: buffer {name!r} is {saved.get(name, 'not there')} in the checkpoint "
+                f"and {mine.get(name, 'not there')} in the model"
+            )

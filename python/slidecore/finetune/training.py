@@ -1,0 +1,183 @@
+"""An offloaded model with optimizer and schedule, stepped over packed data and measured on what was held out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import slidecore
+from slidecore.errors import TrainingError
+from slidecore.finetune import output
+from slidecore.finetune.data import PackedData
+from slidecore.finetune.options import Options
+from slidecore.finetune.plots import plot_timeline
+from slidecore.finetune.report import StepMetrics
+
+
+class Training:
+    """The state of a run between its steps.
+
+    Attributes:
+        history: the metrics of all steps so far, those before a resumption included.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: PackedData,
+        options: Options,
+        steps: int,
+        held_out: PackedData | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`stopping` says whether time is short: evaluations are then left out."""
+        self.model = model
+        self.data = data
+        self.options = options
+        self.held_out = held_out
+        self.history: list[StepMetrics] = []
+        self._total = steps
+        self._stopping = stopping
+        self._warming = {1}  # steps that also make something ready, and say nothing of the speed
+        torch.manual_seed(options.seed)
+        self.optimizer = slidecore.AdamW(
+            parameter_groups(model, options.weight_decay), lr=options.lr, betas=options.betas
+        )
+        self.scheduler = cosine_schedule(self.optimizer, options.warmup_steps(steps), steps)
+        model.train()
+
+    @property
+    def done(self) -> int:
+        """Number of steps taken."""
+        return len(self.history)
+
+    def go_on_from(self, history: list[StepMetrics]) -> None:
+        """Takes over the metrics of the steps before; model, optimizer and scheduler are already where they ended."""
+        self.history = history
+        self._warming.add(self.done + 1)
+
+    def step(self, number: int, out: Path) -> StepMetrics:
+        """Trains on the batch of step `number`, counted from 1; traces it into `out` if it is the step to trace.
+
+        Where it is due, the loss on what was held out is taken afterwards.
+
+        Raises TrainingError where the loss is not finite; the weights have not been touched by that step.
+        """
+        began = time.perf_counter()
+        if number == self.options.trace_step:
+            # Whole, from idle lanes to idle lanes: the picture of one step, at the price of one overlap.
+            slidecore.synchronize(self.model)
+            with slidecore.trace(self.model) as trace:
+                loss, lr = self._update(number)
+                slidecore.synchronize(self.model)
+            trace.save(out / output.TRACE)
+            plot_timeline(out / output.TIMELINE_PLOT, trace.spans, title=f"Lanes in step {number}")
+        else:
+            loss, lr = self._update(number)
+        seconds = time.perf_counter() - began
+        state = slidecore.stats(self.model)
+        metrics = StepMetrics(
+            step=number,
+            loss=loss,
+            lr=lr,
+            tokens_per_second=self._batch_tokens() / seconds,
+            device_memory=state.device_memory,
+            host_memory=state.host_memory,
+            seconds=seconds,
+            eval_loss=self._evaluate(number),
+        )
+        self.history.append(metrics)
+        return metrics
+
+    def tokens_per_second(self) -> float:
+        """Over all steps but the first of a process, which warms up, and the traced one."""
+        left_out = {*self._warming, self.options.trace_step}
+        counted = [m.seconds for m in self.history if m.step not in left_out] or [m.seconds for m in self.history]
+        return self._batch_tokens() * len(counted) / sum(counted)
+
+    def _batch_tokens(self) -> int:
+        return self.options.batch_size * self.data.sequence_length
+
+    def _update(self, number: int) -> tuple[float, float]:
+        batch = self.data.batch(number - 1, self.options.batch_size, self.options.seed)
+        lr = float(self.scheduler.get_last_lr()[0])
+        result = self.model(**batch).loss
+        # Looked at before backward, which in overlap mode already updates weights.
+        loss = float(result.detach())
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss} at step {number}; the run stopped and no model was written",
+                "Lower --lr, lengthen --warmup, or check the data; at step 1 it is the model's weights that are bad.",
+            )
+        result.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return loss, lr
+
+    def _evaluate(self, number: int) -> float | None:
+        every = self.options.eval_every
+        due = number == self._total or (every > 0 and number % every == 0)
+        if self.held_out is None or not due:
+            return None
+        loss = evaluate(self.model, self.held_out, self.options.batch_size, self._stopping)
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss on held-out data became {loss} after step {number}; the run stopped and no model was "
+                f"written",
+                "Lower --lr, lengthen --warmup, or check the data.",
+            )
+        return loss
+
+
+def evaluate(
+    model: Any, data: PackedData, batch_size: int, stopping: Callable[[], bool] = lambda: False
+) -> float | None:
+    """The mean loss over all tokens of `data` that carry one, in nats; None if `stopping` cut it short.
+
+    The model computes in evaluation mode (no dropout, no random numbers drawn) and is in training mode afterwards.
+    """
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        with torch.no_grad():
+            for begin in range(0, len(data), batch_size):
+                if stopping():
+                    return None
+                batch = data.rows(list(range(begin, min(begin + batch_size, len(data)))))
+                counted = int((batch["labels"][:, 1:] != -100).sum())
+                if counted:
+                    total += float(model(**batch).loss) * counted
+                    tokens += counted
+    finally:
+        model.train()
+    return total / tokens if tokens else math.nan
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: parameters of two or more dimensions with weight decay; norms and biases without."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear rise over `warmup` steps to the peak, then half a cosine towards zero at `steps`.
+
+    Neither the first nor the last step has a rate of zero: each would be a step without effect.
+    """
+
+    def factor(done: int) -> float:
+        if done < warmup:
+            return (done + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, steps - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
