@@ -251,11 +251,12 @@ class AdamW(torch.optim.Optimizer):
                 continue
             # What comes may be views of these very planes, of state_dict(): only what does not come is cleared.
             entry.step = int(state["step"]) if state else 0
+            if not state:
+                engine.planes.clear_moments(chunk, entry)
+                continue
             for name, plane in engine.planes.state_of(chunk, entry).items():
-                if state and name in state:
+                if name in state:
                     plane.copy_(state[name])
-                elif name != "residual":
-                    plane.zero_()
 
     def _check_groups_of(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["param_groups"]

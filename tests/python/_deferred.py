@@ -80,6 +80,6 @@ def everything(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     def bits(t: torch.Tensor) -> torch.Tensor:
-        return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+        return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
     return a.keys() == b.keys() and all(torch.equal(bits(a[k]), bits(b[k])) for k in a)

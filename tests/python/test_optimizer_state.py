@@ -18,7 +18,11 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 UPDATES = ["overlap", "deferred"]
-DTYPES = [torch.float32, torch.bfloat16]
+PLANES: list[dict[str, Any]] = [
+    {"compute_dtype": torch.float32},
+    {"compute_dtype": torch.bfloat16},
+    {"compute_dtype": torch.bfloat16, "moments": "8bit"},
+]
 
 
 def batches(count: int, dtype: torch.dtype, seed: int = 1) -> list[Batch]:
@@ -85,17 +89,19 @@ def test_only_updated_parameters_have_state(offload: Offload) -> None:
 
 
 @pytest.mark.parametrize(("update", "passes"), [("overlap", 1), ("deferred", 1), ("deferred", 2)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_resumed_run_is_the_same_to_the_bit(offload: Offload, dtype: torch.dtype, update: str, passes: int) -> None:
+@pytest.mark.parametrize("planes", PLANES, ids=str)
+def test_a_resumed_run_is_the_same_to_the_bit(
+    offload: Offload, planes: dict[str, Any], update: str, passes: int
+) -> None:
     def some_steps(model: nn.Module, optimizer: Any, seed: int) -> None:
         for step in range(3):
-            for batch in batches(passes, dtype, seed=seed + step):
+            for batch in batches(passes, planes["compute_dtype"], seed=seed + step):
                 loss_of(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
 
     def make() -> tuple[nn.Module, Any, Any]:
-        model = offload(Stack(seed=3), compute_dtype=dtype)
+        model = offload(Stack(seed=3), **planes)
         optimizer = slidecore.AdamW(
             [{"params": list(model.blocks.parameters()), "lr": 1e-2}, {"params": without_blocks(model)}],
             update=update,  # type: ignore[arg-type]
@@ -154,12 +160,14 @@ def test_masters_that_were_never_updated_are_resumed_too(offload: Offload) -> No
 
 
 @pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_state_loaded_where_it_came_from_changes_nothing(offload: Offload, dtype: torch.dtype, copied: bool) -> None:
+@pytest.mark.parametrize("planes", PLANES, ids=str)
+def test_a_state_loaded_where_it_came_from_changes_nothing(
+    offload: Offload, planes: dict[str, Any], copied: bool
+) -> None:
     """As `accelerate` does with every optimizer. The state is made of views of the planes it is loaded into."""
-    model = offload(Stack(), compute_dtype=dtype)
+    model = offload(Stack(), **planes)
     optimizer = slidecore.AdamW(model.parameters(), lr=1e-2)
-    train(model, optimizer, batches(3, dtype))
+    train(model, optimizer, batches(3, planes["compute_dtype"]))
     before = everything(model)
     state = optimizer.state_dict()
     optimizer.load_state_dict(copy.deepcopy(state) if copied else state)
