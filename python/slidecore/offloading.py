@@ -88,7 +88,8 @@ def offload(
             takes Liger-Kernel on a card where it is installed.
         threads: of the CPU update; 0 for all usable CPUs less one.
         piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in. "auto" makes room
-            for an eighth of the gradients: that much of the update goes on during the next forward.
+            for an eighth of the gradients (a sixteenth with 8-bit moments): that much of the update goes on during the
+            next forward.
 
     Raises:
         ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, or `keep` names

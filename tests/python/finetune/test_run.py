@@ -112,8 +112,8 @@ def test_moments_in_8_bits_take_less_memory_and_learn_alike(options: Options) ->
     wide = loop.run(options)
     wide_losses = [entry["loss"] for entry in _lines(options.out)]
     narrow = loop.run(dataclasses.replace(options, moments="8bit", overwrite=True))
-    # 12 bytes a parameter of float32 become 6.0625; small chunks are padded to pages.
-    assert wide.planes_bytes - narrow.planes_bytes > 5 * narrow.parameters
+    # 12 bytes a parameter become 6.0625, but each of a small chunk's planes is padded to whole pages.
+    assert wide.planes_bytes - narrow.planes_bytes > 4.5 * narrow.parameters
     losses = [entry["loss"] for entry in _lines(options.out)]
     assert losses != wide_losses
     assert losses == pytest.approx(wide_losses, abs=0.05)
