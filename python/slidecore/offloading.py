@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -20,6 +21,8 @@ from slidecore.kept import Keep, choose
 from slidecore.partition import Chunk, Entry
 from slidecore.planes import Moments
 from slidecore.sizes import parse_size
+
+logger = logging.getLogger("slidecore")
 
 Model = TypeVar("Model", bound=nn.Module)
 _ATTRIBUTE = "_slidecore_engine"
@@ -221,6 +224,8 @@ def close(model: nn.Module) -> None:
         UsageError: `model` is not offloaded.
     """
     engine = engine_of(model)
+    if engine.deferred.waiting():
+        logger.warning("closing a model whose gradients wait for optimizer.step(): they are dropped")
     engine.close()
     for undo in engine.detach:
         undo()
@@ -258,7 +263,10 @@ def clip_grad_norm_(
     """
     engine = engine_of(model)
     if engine.state == "backward":
-        raise UsageError("clip_grad_norm_ is called after backward(), not inside it")
+        raise UsageError(
+            "clip_grad_norm_ is called between backward() and optimizer.step(); the last backward has not finished (or "
+            "has failed, and its gradients will be dropped)"
+        )
     return nn.utils.clip_grad_norm_(
         [p for p in model.parameters() if p.grad is not None], max_norm, norm_type, error_if_nonfinite
     )
