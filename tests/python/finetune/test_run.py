@@ -108,6 +108,21 @@ def test_bfloat16_keeps_the_dtype_in_what_is_written(options: Options) -> None:
     assert not (options.out / output.TRACE).exists()
 
 
+def test_clipping_makes_the_steps_of_a_small_norm(options: Options) -> None:
+    """AdamW's first step does not depend on the gradient's length, but the second moment of later ones does."""
+    loop.run(dataclasses.replace(options, max_grad_norm=1e-3))
+    clipped = _lines(options.out)
+    assert all(entry["grad_norm"] > 1e-3 for entry in clipped)
+    loop.run(dataclasses.replace(options, max_grad_norm=1e9, overwrite=True))
+    free = _lines(options.out)
+    assert clipped[0]["grad_norm"] == pytest.approx(free[0]["grad_norm"], rel=1e-6)
+    assert clipped[-1]["loss"] != free[-1]["loss"]
+    loop.run(dataclasses.replace(options, overwrite=True))
+    plain = _lines(options.out)
+    assert [entry["loss"] for entry in plain] == [entry["loss"] for entry in free]
+    assert {entry["grad_norm"] for entry in plain} == {None}
+
+
 def test_moments_in_8_bits_take_less_memory_and_learn_alike(options: Options) -> None:
     wide = loop.run(options)
     wide_losses = [entry["loss"] for entry in _lines(options.out)]
