@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import get_args
 
 import torch
 from slidecore.partition import partition
-from slidecore.planes import lay_out, state_bytes
+from slidecore.planes import Moments, lay_out, state_bytes
 from slidecore.planner import device_needs
 from torch import nn
 
@@ -53,13 +54,13 @@ def main() -> None:
         lay_out(chunks)
         needs = device_needs(chunks, torch.bfloat16, window, True, 2)
         parameters = sum(e.numel for c in chunks for e in c.entries)
-        host = state_bytes(chunks, torch.bfloat16)
+        host = {moments: state_bytes(chunks, torch.bfloat16, moments=moments) for moments in get_args(Moments)}
         rows.append(
             {
                 "model": name,
                 "parameters": parameters,
-                "host_planes_gib": round(host / 2**30, 1),
-                "host_bytes_per_parameter": round(host / parameters, 3),
+                "host_planes_gib": {moments: round(size / 2**30, 1) for moments, size in host.items()},
+                "host_bytes_per_parameter": {moments: round(size / parameters, 4) for moments, size in host.items()},
                 "device_gib_without_activations": round(needs.total / 2**30, 1),
             }
         )

@@ -30,6 +30,7 @@ AdamWPlanes make_planes(std::uintptr_t weight, std::uintptr_t residual, std::uin
 void bind_status(py::module_& m);
 void bind_device(py::module_& m);
 void bind_memory(py::module_& m);
+void bind_io(py::module_& m);
 void bind_optimizer(py::module_& m);
 void bind_scheduler(py::module_& m);
 

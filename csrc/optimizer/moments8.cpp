@@ -5,6 +5,8 @@
 
 namespace slidecore {
 
+static_assert(kernels::moments8_group == moments_group);
+
 void check_moments(const AdamWPlanes& planes) {
   const bool float32 = planes.exp_avg != nullptr && planes.exp_avg_sq != nullptr;
   const bool any_float32 = planes.exp_avg != nullptr || planes.exp_avg_sq != nullptr;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -43,10 +44,10 @@ struct Chunk {
   AdamWPlanes planes;
   std::size_t n;
   GradientType type;
-  std::deque<Job> prepared;     // guarded by the mutex
-  std::vector<double> squares;  // of the last sum's segments; guarded by the mutex
-  Job active;                   // the update lane's own between begin() and end()
-  bool begun = false;           // the update lane's own
+  std::deque<Job> prepared;                    // guarded by the mutex
+  std::optional<std::vector<double>> squares;  // of the last sum's segments; guarded by the mutex
+  Job active;                                  // the update lane's own between begin() and end()
+  bool begun = false;                          // the update lane's own
 };
 
 std::string label(std::uint32_t chunk) {
@@ -215,8 +216,8 @@ void AdamWSink::prepare_sum(std::uint32_t index, const std::vector<SumSegment>& 
 std::vector<double> AdamWSink::squares(std::uint32_t index) {
   Chunk& chunk = impl_->chunk(index);
   const std::lock_guard lock(impl_->mutex);
-  if (chunk.squares.empty()) throw Error(Code::state, label(index) + " has added no gradient to a sum yet");
-  return chunk.squares;
+  if (!chunk.squares) throw Error(Code::state, label(index) + " has added no gradient to a sum yet");
+  return *chunk.squares;
 }
 
 void AdamWSink::discard(std::uint32_t index) {

@@ -153,8 +153,11 @@ void Scheduler::Impl::download_step(std::unique_lock<std::mutex>& lock) {
 void Scheduler::Impl::download_whole(const DownloadTask& task, std::unique_lock<std::mutex>& lock) {
   const bool gradient = task.kind == Download::saved_gradient;
   if (gradient) {
-    changed.wait(lock,
-                 [&] { return stopping || failure != nullptr || chunks[task.chunk].updated >= task.after_updates; });
+    const Chunk& chunk = chunks[task.chunk];
+    changed.wait(lock, [&] {
+      const bool free = chunk.updated >= task.after_updates && chunk.summed >= task.after_sums;
+      return stopping || failure != nullptr || free;
+    });
     if (stopping || failure != nullptr) return;
   }
   lock.unlock();
@@ -206,7 +209,8 @@ void Scheduler::Impl::download_in_pieces(const DownloadTask& task, std::unique_l
 bool Scheduler::Impl::host_update_ready() const {
   if (host_updates.empty()) return false;
   const HostUpdate& next = host_updates.front();
-  return ticket_issued(next.after) && chunks[next.chunk].summed >= next.after_sums;
+  const Chunk& chunk = chunks[next.chunk];
+  return ticket_issued(next.after) && chunk.summed >= next.after_sums && chunk.updated >= next.after_updates;
 }
 
 // Index of the piece to consume next, or updates.size(). A chunk's pieces go in their order; of the chunks, the one

@@ -258,9 +258,12 @@ Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
   s.check_gradient(chunk, bytes, /*for_sink=*/true);
-  const Ticket ticket = s.download(
-      {.kind = Download::to_update, .chunk = static_cast<std::int32_t>(chunk), .device = gradient, .bytes = bytes},
-      stream);
+  const Ticket ticket = s.download({.kind = Download::to_update,
+                                    .chunk = static_cast<std::int32_t>(chunk),
+                                    .device = gradient,
+                                    .bytes = bytes,
+                                    .after_updates = s.chunks[chunk].submitted},
+                                   stream);
   // Only now, as device calls may fail: uploads of the chunk would wait for ever for a gradient that is not queued.
   s.expect_update(chunk);
   return ticket;
@@ -293,7 +296,8 @@ Ticket Scheduler::save_gradient(std::uint32_t chunk, void* host, const void* gra
                      .device = gradient,
                      .host = host,
                      .bytes = bytes,
-                     .after_updates = s.chunks[chunk].submitted},
+                     .after_updates = s.chunks[chunk].submitted,
+                     .after_sums = s.chunks[chunk].to_sum},
                     stream);
 }
 
@@ -303,7 +307,12 @@ void Scheduler::update(std::uint32_t chunk, const void* gradient, std::size_t by
   s.throw_if_failed();
   s.check_gradient(chunk, bytes, /*for_sink=*/true);
   s.check_ticket(after);
-  s.host_updates.push_back({chunk, static_cast<const char*>(gradient), bytes, after, s.chunks[chunk].to_sum});
+  if (gradient == nullptr) {
+    throw Error(Code::invalid_argument,
+                "chunk '" + s.chunks[chunk].spec.name + "' cannot be updated from a null address");
+  }
+  const Chunk& c = s.chunks[chunk];
+  s.host_updates.push_back({chunk, static_cast<const char*>(gradient), bytes, after, c.to_sum, c.submitted});
   s.expect_update(chunk);
 }
 

@@ -80,7 +80,8 @@ struct DownloadTask {
   const void* device = nullptr;
   void* host = nullptr;  // null: the pieces go through the ring to the sink
   std::size_t bytes = 0;
-  std::uint64_t after_updates = 0;  // of the chunk, which read the gradient before this one
+  std::uint64_t after_updates = 0;  // of the chunk, asked for before this one
+  std::uint64_t after_sums = 0;     // of the chunk, asked for before this one
   EventHandle after_work = 0;
   Ticket ticket = 0;
 };
@@ -93,7 +94,8 @@ struct UpdateTask {
   EventHandle landed;  // of a piece in the ring; 0: it is in the caller's memory
   bool first, last;
   bool changes_weights;
-  std::uint64_t after_updates = 0;  // of the chunk: a sum must not change while an update reads it
+  std::uint64_t after_updates =
+      0;  // of the chunk: their order is that of the calls, and a sum must not change under one
 };
 
 // An update from a gradient in the caller's memory, once it is there: downloaded, or added up.
@@ -102,7 +104,7 @@ struct HostUpdate {
   const char* gradient;
   std::size_t bytes;
   Ticket after;
-  std::uint64_t after_sums;
+  std::uint64_t after_sums, after_updates;
 };
 
 struct Scheduler::Impl {

@@ -78,6 +78,93 @@ class DeviceBuffer:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
+class DirectoryFacts:
+    """What a directory's file system said when it was asked. Sizes and alignments are in bytes."""
+
+    directory: str
+    filesystem: str
+    in_memory: bool
+    direct: bool
+    why_not_direct: str
+    alignment_reported: bool
+    memory_alignment: int
+    offset_alignment: int
+    free_bytes: int
+    total_bytes: int
+    device_major: int
+    device_minor: int
+
+def inspect_directory(directory: str) -> DirectoryFacts: ...
+def why_no_io_uring() -> str:
+    """Why io_uring cannot be used here; empty if it can."""
+
+@final
+class Region:
+    """A named range of a Storage, of `len()` bytes. Its space returns when the object is gone."""
+
+    @property
+    def name(self) -> str: ...
+    def __len__(self) -> int: ...
+
+@final
+class Storage:
+    """Swap files striped over directories, which it locks. The files go with it, at the latest at exit."""
+
+    def __init__(self, directories: Sequence[str], *, stripe_bytes: int = ...) -> None: ...
+    def reserve(self, nbytes: int) -> None:
+        """Preallocates until regions of `nbytes` in total fit; IoError with the numbers if space is short."""
+    def allocate(self, name: str, nbytes: int) -> Region: ...
+    @property
+    def reserved_bytes(self) -> int: ...
+    @property
+    def allocated_bytes(self) -> int: ...
+    @property
+    def alignment(self) -> int: ...
+    @property
+    def memory_alignment(self) -> int: ...
+    @property
+    def directories(self) -> list[DirectoryFacts]: ...
+    @property
+    def files(self) -> list[str]: ...
+    def describe(self) -> str: ...
+    def close(self) -> None:
+        """Removes the files' names; their space returns when Transfers and Regions are gone too."""
+
+@final
+class Transfers:
+    """Asynchronous transfers between memory (by address) and regions. Errors are raised by the next call."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        backend: str = "",
+        block_bytes: int = ...,
+        queue_depth: int = 0,
+        patience_s: float = 30.0,
+    ) -> None:
+        """backend: "uring", "threads", or "" for SLIDECORE_IO if set, else io_uring where the kernel allows it."""
+    def read(self, region: Region, offset: int, memory: int, nbytes: int) -> int:
+        """Starts a read into `memory`, which must stay until the returned ticket is done."""
+    def write(self, region: Region, offset: int, memory: int, nbytes: int) -> int: ...
+    def done(self, ticket: int) -> bool: ...
+    def wait(self, ticket: int) -> None: ...
+    def synchronize(self) -> None: ...
+    def check(self) -> None: ...
+    def register_memory(self, memory: int, nbytes: int) -> bool: ...
+    def unregister_memory(self, memory: int) -> None: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def queue_depth(self) -> int: ...
+    def describe(self) -> str: ...
+    def counters(self) -> dict[str, int]: ...
+    def close(self) -> None:
+        """Drops what has not begun, waits for what has, and ends the threads. Later calls raise StateError."""
+
+@final
 class ThreadPool:
     def __init__(self, threads: int = 0) -> None: ...
     @property

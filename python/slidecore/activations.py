@@ -67,9 +67,7 @@ class Activations:
         self._plans: dict[Any, ActivationPlan] = {}
         self._plan = ActivationPlan(1, 0, 0)
         self._whole_batch: set[str] = set()
-        self._separable: dict[
-            str, bool
-        ] = {}  # classes of blocks: whether samples were seen not to depend on each other
+        self._separable: set[str] = set()  # classes of blocks whose samples were seen not to depend on each other
         self._batched: dict[tuple[str, int], list[bool]] = {}  # by class of block and number of outputs
         self._graph_bytes: dict[Any, int] = {}  # of one sample, by what plans go by
         self._largest: dict[Any, BlockCosts] = {}  # by structure of block: what one may take of the device
@@ -156,7 +154,12 @@ class Activations:
         batch = main.shape[0] if splittable else 1
         if self._budget is not None and (key, splittable) not in self._graph_bytes:
             sample = [t[:1].clone() if s else t for t, s in zip(tensors, split, strict=True)]
-            self._graph_bytes[key, splittable] = self._probe(use, call, sample, kept)
+            try:
+                self._graph_bytes[key, splittable] = self._probe(use, call, sample, kept)
+            except Exception as error:  # a block's own code, which may count on all of what is no batch
+                if not splittable or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                return self._plan_whole(use, call, tensors, kept, main, key, f"cannot run with one sample ({error})")
         inputs = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad) or (
             main.numel() * main.element_size()
         )
@@ -173,17 +176,33 @@ class Activations:
         )
         kind = type(use.module).__name__
         if plan.micro_batches > 1 and kind not in self._separable:
-            self._separable[kind] = self._independent(use, call, tensors, kept, split)
-        if plan.micro_batches > 1 and not self._separable[kind]:
-            self._whole_batch.add(kind)
-            warnings.warn(
-                f"the samples of {kind} along dimension 0 depend on each other (batch_first=False?), so its batch is "
-                f"not split into micro-batches",
-                stacklevel=2,
-            )
-            return self._plan_for(use, call, tensors, kept, [False] * len(tensors), main, key)
+            try:
+                independent = self._independent(use, call, tensors, kept, split)
+            except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                return self._plan_whole(use, call, tensors, kept, main, key, f"cannot run with two samples ({error})")
+            if not independent:
+                reason = "has samples along dimension 0 that depend on each other (batch_first=False?)"
+                return self._plan_whole(use, call, tensors, kept, main, key, reason)
+            self._separable.add(kind)
         logger.info("%s with batch %d: %s", type(use.module).__name__, batch, plan)
         return plan
+
+    def _plan_whole(
+        self,
+        use: Use,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        kept: Sequence[KeptParameter],
+        main: torch.Tensor,
+        key: Any,
+        reason: str,
+    ) -> ActivationPlan:
+        kind = type(use.module).__name__
+        self._whole_batch.add(kind)
+        warnings.warn(f"{kind} {reason}, so its batch is not split into micro-batches", stacklevel=3)
+        return self._plan_for(use, call, tensors, kept, [False] * len(tensors), main, key)
 
     def _largest_of(self, chunk: Chunk, own: BlockCosts) -> BlockCosts | None:
         """What any block may take of the device; None while blocks of some structure have not been seen.

@@ -80,6 +80,16 @@ class Backend:
         cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
         return int(free + cached)
 
+    def workspace_bytes(self) -> int:
+        """What PyTorch allocates for cuBLAS, or its like, once forward and backward have multiplied matrices.
+
+        One workspace for each of the two threads that do so: 32 MiB on Hopper and later, 8 MiB before and elsewhere.
+        """
+        if self.is_host:
+            return 0
+        hopper = torch.version.hip is None and torch.cuda.get_device_capability(self.torch_device) >= (9, 0)
+        return 2 * ((32 if hopper else 8) << 20) + (1 << 20)
+
     def memory_in_use(self) -> tuple[int, int]:
         """Bytes of device memory in use now, and the most there were."""
         if self.is_host:

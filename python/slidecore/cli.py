@@ -45,6 +45,8 @@ def _app() -> typer.Typer:
         raise MissingDependencyError(
             "the command line needs typer, which is not installed", f"Run: {_EXTRA}"
         ) from error
+    from slidecore.calibrate import calibrate
+    from slidecore.doctor import doctor
     from slidecore.finetune.command import finetune
 
     app = typer.Typer(
@@ -70,6 +72,8 @@ def _app() -> typer.Typer:
         pass
 
     app.command(name="finetune")(finetune)
+    app.command(name="doctor")(doctor)
+    app.command(name="calibrate")(calibrate)
     return app
 
 

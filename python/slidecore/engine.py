@@ -18,8 +18,10 @@ from torch import nn
 from slidecore import _core, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
+from slidecore.deferred_updates import DeferredUpdates
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
+from slidecore.integrations.huggingface import accelerated
 from slidecore.kept import kept_bytes
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Moments, Planes, lay_out
@@ -29,7 +31,7 @@ from slidecore.planner import (
     head_costs,
 )
 from slidecore.saved_inputs import SavedInputs
-from slidecore.updates import DeferredUpdates, OverlapUpdates, Updates
+from slidecore.updates import OverlapUpdates, Updates
 from slidecore.visit import Record, Use, Visits, leaves_of, swapped
 
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ FORWARD, BACKWARD = _core.Scheduler.FORWARD, _core.Scheduler.BACKWARD
 GRADIENT_BUFFERS = 2
 # The ring that gradients come down in. The update lane idles in a forward once it has used up what the ring holds, and
 # a forward without recomputation is not a long part of a step that updates limit: a larger ring would only cost memory.
-RING_SHARE, LEAST_RING_PIECES = 1 / 8, 8
+# Updates of 8-bit moments take half the time.
+RING_SHARE: dict[Moments, float] = {"float32": 1 / 8, "8bit": 1 / 16}
+LEAST_RING_PIECES = 8
 
 ScheduledVisit = tuple[int, int, bool, bool]
 engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -103,9 +107,10 @@ class Engine:
         lay_out(self.chunks)
         self._kept_bytes, trained_bytes = kept_bytes(kept.values())
         kept_needs = self._kept_bytes + (trained_bytes if train else 0)
-        self.needs = device_needs(self.chunks, compute_dtype, window, train, GRADIENT_BUFFERS, kept_needs)
+        beside = (kept_needs, backend.workspace_bytes())
+        self.needs = device_needs(self.chunks, compute_dtype, window, train, GRADIENT_BUFFERS, *beside)
         if device_memory is not None:
-            smallest = device_needs(self.chunks, compute_dtype, 2, train, GRADIENT_BUFFERS, kept_needs)
+            smallest = device_needs(self.chunks, compute_dtype, 2, train, GRADIENT_BUFFERS, *beside)
             check_device_budget(self.needs, device_memory, window, smallest)
         else:
             available = backend.available_memory()
@@ -162,7 +167,7 @@ class Engine:
         piece_bytes = max(4096, min(piece_bytes, -(-largest_gradient // 4096) * 4096))
         if ring_pieces is None:
             gradients = sum(c.trainable_numel for c in self.chunks) * item
-            ring_pieces = max(LEAST_RING_PIECES, int(gradients * RING_SHARE) // piece_bytes)
+            ring_pieces = max(LEAST_RING_PIECES, int(gradients * RING_SHARE[moments]) // piece_bytes)
         self.sink = _core.AdamWSink(self.pool) if train else None
         if self.sink is not None:
             self._add_chunks_to_sink(self.sink)
@@ -182,6 +187,8 @@ class Engine:
         self.overlap, self.deferred = OverlapUpdates(self), DeferredUpdates(self)
         self.updates: Updates = self.overlap
         self._held_back = 0  # depth of no_sync()
+        self._passes = 0  # backward passes since the last step
+        self._passes_to_step = 1  # how many the last step had
         self.optimizer: weakref.ref[AdamW] | None = None
         self._trains = any(chunk.trainable_numel for chunk in self.chunks)
         self.state = "idle"
@@ -359,7 +366,8 @@ class Engine:
         self.set_mode(self._training_mode())
 
     def _training_mode(self) -> str:
-        return "accumulate" if self._held_back else "train"
+        more = self._held_back > 0 or self._passes + 1 < self._passes_to_step
+        return "accumulate" if more else "train"
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -412,7 +420,7 @@ class Engine:
         self.scheduler.check()
         self.activations.position = 0
         self._inferred = []
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not self.train:
             self.set_mode("infer")
             return
         for chunk, entry in self.entries.values():
@@ -468,10 +476,13 @@ class Engine:
                 "backward on an offloaded model updates its weights, but it has no optimizer; create "
                 "slidecore.AdamW(model.parameters(), ...) before calling backward"
             )
-        self.updates = self.deferred if self.defers(optimizer) else self.overlap
-        self.overlap.begin(optimizer)
+        updates = self.deferred if self.deferred.waiting() or self.defers(optimizer) else self.overlap
+        updates.begin(optimizer)
+        self.updates = updates
         self.state = "backward"
         self._last_recomputed = None
+        # Of the graphs that are alive, those that this pass reaches: a chunk's gradient goes down after its last visit.
+        self._pending = Counter(r.use.chunk for r in self._live if r is record or (not r.consumed and r.is_reached()))
         torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
 
     def defers(self, optimizer: AdamW | None) -> bool:
@@ -479,7 +490,7 @@ class Engine:
         if optimizer is None or optimizer.update == "overlap":
             return False
         clips = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
-        return optimizer.update == "deferred" or clips or self.deferred.adds_up
+        return optimizer.update == "deferred" or clips or self.deferred.adds_up or accelerated()
 
     def gradient_of(self, chunk: Chunk) -> GradientSum:
         """The sum that this step's gradient of `chunk` goes to."""
@@ -534,14 +545,22 @@ class Engine:
             self.state = "idle"
         sequence = list(self._sequence)
         self._reset_pass()
+        mode = self._training_mode()
+        self._passes += 1
+        if not any(phase == FORWARD for _, phase, _, _ in sequence):
+            return  # its forwards were seen with an earlier pass, or none was of this model's blocks
         resident = [(c.index, FORWARD, True, False) for c in self.chunks if c.kind == "resident"]
         sequence = resident + sequence
-        mode = self._training_mode()
         if sequence != self._schedules[mode]:
             self._schedules[mode] = sequence
             self._schedules["infer"] = [v for v in sequence if v[1] == FORWARD]
             self._mode = ""
             self.set_mode(mode)
+
+    def expect_no_updates(self) -> None:
+        """The gradients that wait are dropped: the weights stay, and may be prefetched again."""
+        self._passes = 0
+        self._mode = ""
 
     def forward_order(self) -> list[int]:
         """Chunks by index, in the order of the forward visits of a step."""
@@ -559,6 +578,20 @@ class Engine:
             self._give_up_backward()
         self.state = "idle"
         self.updates.step(optimizer)
+        if self._passes:
+            self._passes_to_step, self._passes = self._passes, 0
+
+    def zero_grad(self) -> None:
+        """optimizer.zero_grad()."""
+        if self.state == "updated":
+            raise UsageError(
+                "zero_grad() between backward and step() would drop gradients that backward has used already (overlap "
+                "updates). Call it after step(), or use slidecore.AdamW(..., update='deferred'), with which a step's "
+                "gradients can be dropped"
+            )
+        if self.updates.waiting():
+            self.expect_no_updates()
+        self.updates.forget()
 
     # --- what others ask for
 
@@ -584,6 +617,7 @@ class Engine:
         if self.closed:
             return
         self.closed = True
+        self.updates.forget()
         self.unwrap()
         for hook in self._stray_hooks:
             hook.remove()

@@ -19,8 +19,8 @@ _aten = torch.ops.aten
 CONSUMED = (
     "this gradient was consumed by its update during backward (overlap updates), so it can no longer be read, clipped "
     "or changed. Give max_grad_norm= to slidecore.AdamW to clip by the global norm, or update='deferred' to have "
-    "gradients until optimizer.step(). In Hugging Face's Trainer, whose max_grad_norm is 1.0 unless it is set: "
-    "slidecore.AdamW(..., update='deferred'), or TrainingArguments(max_grad_norm=0) for no clipping"
+    "gradients until optimizer.step(). Hugging Face's Trainer wants the norm at every step, with max_grad_norm=0 too: "
+    "leave update= at 'auto' there, or give 'deferred'"
 )
 
 
@@ -33,8 +33,10 @@ class GradientSource(Protocol):
     def scale(self, handle: GradientHandle, factor: float) -> None:
         """Multiplies the gradient, when it is used."""
 
-    def tensor(self, handle: GradientHandle, writes: bool) -> torch.Tensor:
-        """The gradient itself, with its factor; `writes` if it is about to be changed."""
+    def tensor(self, handle: GradientHandle, writes: bool = False, shows: bool = False) -> torch.Tensor:
+        """The gradient itself, with its factor: `writes` if it is about to be changed, `shows` if the user gets a view
+        of it, to read and write whenever they like.
+        """
 
 
 class GradientHandle(torch.Tensor):
@@ -63,23 +65,36 @@ class GradientHandle(torch.Tensor):
         if isinstance(first, GradientHandle) and first.source is not None:
             if func is _aten.linalg_vector_norm.default and _is_two_norm(args[1:], kwargs):
                 return first.source.norm(first)
-            if func in _PRODUCTS and _is_scalar(args[1]):
+            if func in _PRODUCTS and _is_scalar(args[1]) and not (func in _QUOTIENTS and args[1] == 0):
                 factor = float(args[1])
                 first.source.scale(first, 1 / factor if func in _QUOTIENTS else factor)
                 return first
-        written = {id(value) for value in _written(func, args, kwargs)}
+        written = {id(value) for value in _aliased(func, args, kwargs, writes=True)}
+        shown = {id(value) for value in _aliased(func, args, kwargs, writes=False)}
 
         def real(value: Any) -> Any:
             if isinstance(value, GradientHandle):
                 if value.source is None:
                     raise UsageError(CONSUMED)
-                return value.source.tensor(value, id(value) in written)
+                return value.source.tensor(value, id(value) in written, id(value) in shown)
             if isinstance(value, (list, tuple)):
                 return type(value)(real(item) for item in value)
             return value
 
         result = func(*(real(a) for a in args), **{k: real(v) for k, v in kwargs.items()})
         return first if id(first) in written else result
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.view_as(self).numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.clone().tolist()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.clone().__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "consumed by its update" if self.source is None else "in host memory"
@@ -101,9 +116,9 @@ def _is_two_norm(args: Any, kwargs: Any) -> bool:
     return names.get("ord", 2) == 2 and names.get("dim") is None and not names.get("keepdim") and not names.get("dtype")
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    """The arguments (those in lists, too) that the operator changes in place."""
+def _aliased(func: Any, args: Any, kwargs: Any, *, writes: bool) -> Iterator[Any]:
+    """The arguments (those in lists, too) that the operator changes in place, or returns views of."""
     for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if argument.alias_info is not None and argument.alias_info.is_write == writes:
             value = kwargs.get(argument.name) if argument.kwarg_only or i >= len(args) else args[i]
             yield from value if isinstance(value, (list, tuple)) else (value,)

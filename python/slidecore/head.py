@@ -8,6 +8,7 @@ Anything else that looks at the logits gets real ones.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from slidecore import kernels
 from slidecore.gradients import GradientSum, scale
 from slidecore.partition import Entry
 from slidecore.planner import BYTES_PER_LOGIT_UNFUSED
-from slidecore.visit import Use, check_whole_backward, collect, leaves_of, swapped
+from slidecore.visit import Use, check_whole_backward, collect, is_reached, leaves_of, swapped
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
@@ -209,6 +210,11 @@ class HeadRecord:
     gradient: GradientSum | None = None
     hidden_gradient: torch.Tensor | None = None
     consumed: bool = field(default=False)
+    node: weakref.ref[Any] | None = None  # of autograd; it owns this record
+
+    def is_reached(self) -> bool:
+        """Whether the backward pass that is going on will differentiate this visit, as far as its graph tells."""
+        return is_reached(self.node)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -219,6 +225,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: HeadRecord, anchor: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
         ctx.record = record
+        record.node = weakref.ref(ctx)
         return _run_tiles(record, hidden, wants_gradient=True, wants_hidden=hidden.requires_grad)
 
     @staticmethod

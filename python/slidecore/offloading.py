@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -20,6 +21,8 @@ from slidecore.kept import Keep, choose
 from slidecore.partition import Chunk, Entry
 from slidecore.planes import Moments
 from slidecore.sizes import parse_size
+
+logger = logging.getLogger("slidecore")
 
 Model = TypeVar("Model", bound=nn.Module)
 _ATTRIBUTE = "_slidecore_engine"
@@ -85,7 +88,8 @@ def offload(
             takes Liger-Kernel on a card where it is installed.
         threads: of the CPU update; 0 for all usable CPUs less one.
         piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in. "auto" makes room
-            for an eighth of the gradients: that much of the update goes on during the next forward.
+            for an eighth of the gradients (a sixteenth with 8-bit moments): that much of the update goes on during the
+            next forward.
 
     Raises:
         ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, or `keep` names
@@ -220,6 +224,8 @@ def close(model: nn.Module) -> None:
         UsageError: `model` is not offloaded.
     """
     engine = engine_of(model)
+    if engine.deferred.waiting():
+        logger.warning("closing a model whose gradients wait for optimizer.step(): they are dropped")
     engine.close()
     for undo in engine.detach:
         undo()
@@ -257,7 +263,10 @@ def clip_grad_norm_(
     """
     engine = engine_of(model)
     if engine.state == "backward":
-        raise UsageError("clip_grad_norm_ is called after backward(), not inside it")
+        raise UsageError(
+            "clip_grad_norm_ is called between backward() and optimizer.step(); the last backward has not finished (or "
+            "has failed, and its gradients will be dropped)"
+        )
     return nn.utils.clip_grad_norm_(
         [p for p in model.parameters() if p.grad is not None], max_norm, norm_type, error_if_nonfinite
     )

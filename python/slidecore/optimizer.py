@@ -27,7 +27,8 @@ class AdamW(torch.optim.Optimizer):
     - "deferred": gradients collect in host memory (2 bytes a parameter in bfloat16; 4 where several backward passes
       add up, in float32), and `step()` starts all updates, which overlap the next forward in its order. Allows
       clipping, accumulation, and looking at gradients (`p.grad`).
-    - "auto": "overlap", unless `max_grad_norm` or `skip_nonfinite` is given or `model.no_sync()` is used.
+    - "auto": "overlap", unless `max_grad_norm` or `skip_nonfinite` is given, `model.no_sync()` is used, or an
+      `accelerate.Accelerator` runs the training (as in Hugging Face's Trainer), which clips and accumulates by itself.
 
     `step()` uses gradients up: `p.grad` is None after it.
 
@@ -69,11 +70,8 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"update={update!r} must be 'auto', 'overlap' or 'deferred'")
         if max_grad_norm is not None and not float(max_grad_norm) > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm} must be more than 0, or None for no clipping")
-        if update == "overlap" and (max_grad_norm is not None or skip_nonfinite):
-            raise ValueError(
-                "max_grad_norm and skip_nonfinite need the norm of all gradients before the first update, which "
-                "update='overlap' makes during backward; use update='deferred' or 'auto'"
-            )
+        if update == "overlap":
+            _check_overlap(max_grad_norm, skip_nonfinite)
         self.update = update
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -121,15 +119,7 @@ class AdamW(torch.optim.Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        if not float(group["lr"]) >= 0:
-            raise ValueError(f"lr={group['lr']} must be at least 0")
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-            raise ValueError(f"betas={group['betas']} must each be in [0, 1)")
-        if not group["eps"] >= 0:
-            raise ValueError(f"eps={group['eps']} must be at least 0")
-        if not group["weight_decay"] >= 0:
-            raise ValueError(f"weight_decay={group['weight_decay']} must be at least 0")
+        _check_options(group)
         for parameter in group["params"]:
             engine = next((e for e in engines if not e.closed and id(parameter) in e.entries), None)
             if engine is None:
@@ -148,12 +138,20 @@ class AdamW(torch.optim.Optimizer):
     def options(self) -> list[object]:
         """What the groups' options are now, for comparison."""
         # load_state_dict of torch adds to `defaults` what groups need not have.
-        return [tuple(group.get(key) for key in self.defaults) for group in self.param_groups]
+        groups = [tuple(group.get(key) for key in self.defaults) for group in self.param_groups]
+        return [*groups, self.max_grad_norm, self.skip_nonfinite]
 
     def hyper_parameters(self) -> dict[Entry, _core.AdamWHyper]:
-        """The settings of each trainable entry, as the groups say now."""
+        """The settings of each trainable entry, as the groups say now.
+
+        Raises:
+            ValueError: one is out of its range.
+        """
+        if self.update == "overlap":
+            _check_overlap(self.max_grad_norm, self.skip_nonfinite)
         hyper: dict[Entry, _core.AdamWHyper] = {}
         for group in self.param_groups:
+            _check_options(group)
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
                 entry = self._entries[id(parameter)]
@@ -176,37 +174,51 @@ class AdamW(torch.optim.Optimizer):
             closure: called first, with gradients enabled, as in torch.optim.
 
         Raises:
-            UsageError: the groups' options were changed after an overlapping backward had used them, or a gradient
-                was replaced by another tensor.
+            ValueError: an option of a group is out of its range; nothing is changed then.
+            UsageError: the groups' options were changed, or gradients dropped, after an overlapping backward had used
+                them, or a gradient was replaced by another tensor.
             Error: a lane failed since the last call (typed as in `slidecore._core`).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.grad_norm = None
         self._offloaded().step(self)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients that wait for a step; there are none with overlapping updates."""
-        self._offloaded().updates.forget()
+        """Drops the gradients that wait for a step; after a step there are none.
+
+        Args:
+            set_to_none: False zeroes the gradients that wait instead.
+
+        Raises:
+            UsageError: backward has used them already (overlapping updates), and `step()` was not called since.
+        """
+        if set_to_none:
+            self._offloaded().zero_grad()
+        else:
+            super().zero_grad(set_to_none=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Groups and state as of `torch.optim.Optimizer`, once pending updates are done.
 
         The state of a parameter that has been updated: "step" (float32 scalar), "exp_avg" and "exp_avg_sq", and with
-        bfloat16 weights "residual" (int16), what the float32 master has beyond the weight. 8-bit moments are their
-        codes (int8, uint8), with "exp_avg_scale" and "exp_avg_sq_scale". These are views of the planes, no copies: save
-        them, or clone them, before the next step.
+        bfloat16 weights "residual" (int16), what the float32 master has beyond the weight; once any parameter has been
+        updated, those of the groups that have not are there for their residuals. 8-bit moments are their codes (int8,
+        uint8), with "exp_avg_scale" and "exp_avg_sq_scale". These are views of the planes, no copies: save them, or
+        clone them, before the next step.
         """
         engine = self._offloaded()
         engine.drain()
         packed = super().state_dict()
+        split = engine.compute_dtype != torch.float32
         parameters = [p for group in self.param_groups for p in group["params"]]
         state = {}
         for index, parameter in enumerate(parameters):
             chunk, entry = engine.entries[id(parameter)]
-            if entry.trainable and entry.step > 0:
+            if entry.trainable and (entry.step > 0 or (split and engine.has_trained())):
                 planes = engine.planes.state_of(chunk, entry)
                 state[index] = {"step": torch.tensor(float(entry.step)), **planes}
         packed["state"] = state
@@ -222,32 +234,72 @@ class AdamW(torch.optim.Optimizer):
         """
         engine = self._offloaded()
         engine.drain()
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        state = state_dict["state"]
-        for index, parameter in enumerate(parameters):
-            chunk, entry = engine.entries[id(parameter)]
-            if index in state:
+        self._check_groups_of(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        places = [engine.entries[id(p)] for group in self.param_groups for p in group["params"]]
+        found = {place: state_dict["state"].get(index) for place, index in zip(places, saved, strict=True)}
+        for (chunk, entry), state in found.items():
+            if state:
                 if not entry.trainable:
                     raise ValueError(f"the state has moments of {entry.name}, which is frozen here")
-                _check_state(entry, engine.planes.state_of(chunk, entry), state[index])
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+                _check_state(entry, engine.planes.state_of(chunk, entry), state)
+        super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:
-            self._check_group(group)
-        engine.forget_moments()
-        for index, parameter in enumerate(parameters):
-            if index in state:
-                chunk, entry = engine.entries[id(parameter)]
-                entry.step = int(state[index]["step"])
-                for name, plane in engine.planes.state_of(chunk, entry).items():
-                    if name in state[index]:
-                        plane.copy_(state[index][name])
+            group.setdefault("maximize", self.defaults["maximize"])
+        for (chunk, entry), state in found.items():
+            if not entry.trainable:
+                continue
+            # What comes may be views of these very planes, of state_dict(): only what does not come is cleared.
+            entry.step = int(state["step"]) if state else 0
+            if not state:
+                engine.planes.clear_moments(chunk, entry)
+                continue
+            for name, plane in engine.planes.state_of(chunk, entry).items():
+                if name in state:
+                    plane.copy_(state[name])
+
+    def _check_groups_of(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in groups] != sizes:
+            raise ValueError(
+                f"the state has groups of {[len(group['params']) for group in groups]} parameters, this optimizer of "
+                f"{sizes}; make the groups as they were when it was saved"
+            )
+        for group in groups:
+            missing = {"lr", "betas", "eps", "weight_decay"} - group.keys()
+            if missing:
+                raise ValueError(f"the state's groups lack {sorted(missing)}: it is of another kind of optimizer")
+            if group.get("amsgrad") or not group.get("decoupled_weight_decay", True):
+                raise ValueError("the state is of Adam with amsgrad or with coupled weight decay, which AdamW is not")
+            _check_options(group)
+
+
+def _check_overlap(max_grad_norm: float | None, skip_nonfinite: bool) -> None:
+    if max_grad_norm is not None or skip_nonfinite:
+        raise ValueError(
+            "max_grad_norm and skip_nonfinite need the norm of all gradients before the first update, which "
+            "update='overlap' makes during backward; use update='deferred' or 'auto'"
+        )
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    if not float(group["lr"]) >= 0:
+        raise ValueError(f"lr={group['lr']} must be at least 0")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas={group['betas']} must each be in [0, 1)")
+    if not group["eps"] >= 0:
+        raise ValueError(f"eps={group['eps']} must be at least 0")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay={group['weight_decay']} must be at least 0")
 
 
 def _check_state(entry: Entry, planes: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     for name, plane in planes.items():
         if name not in state:
             if name == "residual":
-                continue  # of another optimizer: the master is the weight
+                continue  # of another optimizer: the master stays as it is
             raise ValueError(f"the state of {entry.name} lacks {name!r}; it has {sorted(state)}")
         if state[name].shape != plane.shape or (state[name].is_floating_point() != plane.is_floating_point()):
             raise ValueError(

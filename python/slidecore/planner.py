@@ -25,12 +25,13 @@ class DeviceNeeds:
     block_gradients: int
     edge_gradients: int
     kept: int = 0  # kept parameters, with gradients and moments of those that are trained
+    workspaces: int = 0  # of the card's libraries
     head_tile: int = 0  # the smallest tile's logits, and the tile's own gradient of the head's weight
 
     @property
     def fixed(self) -> int:
         """Always allocated."""
-        return self.slots + self.edge_slot + self.resident + self.kept
+        return self.slots + self.edge_slot + self.resident + self.kept + self.workspaces
 
     @property
     def total(self) -> int:
@@ -50,12 +51,13 @@ def device_needs(
     train: bool,
     gradient_buffers: int,
     kept: int = 0,
+    workspaces: int = 0,
 ) -> DeviceNeeds:
     """Adds up slots and gradients.
 
     A gradient exists in the compute dtype on its way down, and in float32 while several contributions are summed. While
     a block's is made, the head's may still be on its way down, and the sums of tied edges and of resident parameters
-    wait for their last contribution. `kept` are the bytes of kept parameters.
+    wait for their last contribution. `kept` are the bytes of kept parameters, `workspaces` those of libraries.
     """
     item = compute_dtype.itemsize
 
@@ -77,6 +79,7 @@ def device_needs(
         block_gradients=blocks,
         edge_gradients=edges,
         kept=kept,
+        workspaces=workspaces,
     )
 
 
@@ -132,6 +135,7 @@ def check_device_budget(needs: DeviceNeeds, budget: int, window: int, smallest: 
         "the slot of embedding and head": needs.edge_slot,
         "resident parameters": needs.resident,
         "kept parameters (if trained, with gradients and moments)": needs.kept,
+        "workspaces of the card's libraries": needs.workspaces,
         "gradients up to": gradients,
     }
     told = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)

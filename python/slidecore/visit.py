@@ -68,6 +68,11 @@ class Record:
     modes: list[bool] = field(default_factory=list)  # `training` of each of `modules` at forward
     consumed: bool = False
     held: int = 0  # bytes of kept graphs
+    node: weakref.ref[Any] | None = None  # of autograd; it owns this record
+
+    def is_reached(self) -> bool:
+        """Whether the backward pass that is going on will differentiate this visit, as far as its graph tells."""
+        return is_reached(self.node)
 
     def __del__(self) -> None:
         # The graph was dropped without a backward.
@@ -151,6 +156,7 @@ class VisitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: Record, anchor: torch.Tensor | None, *tensors: torch.Tensor) -> Any:
         ctx.record = record
+        record.node = weakref.ref(ctx)
         ctx.set_materialize_grads(False)
         record.requires_grad = [t.requires_grad for t in tensors]
         outputs = record.engine.visits.run_forward(record, [t.detach() for t in tensors])
@@ -168,6 +174,12 @@ class VisitFunction(torch.autograd.Function):
             )
         check_whole_backward(record.engine, record.use.chunk)
         return (None, None, *record.engine.visits.run_backward(record, gradients))
+
+
+def is_reached(reference: weakref.ref[Any] | None) -> bool:
+    """Whether the backward pass that is going on will run the node, unless the pass began with it."""
+    node = reference() if reference is not None else None
+    return node is not None and torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined, no-any-return]
 
 
 def check_whole_backward(engine: Engine, chunk: Chunk) -> None:

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
@@ -198,6 +199,211 @@ TEST(AdamWSink, RefusesCallsOutOfOrderAndPiecesThatDoNotFit) {
   EXPECT_TRUE(planes == Planes(100));
   sink.consume(0, 200, nullptr, 0);
   sink.end(0);
+}
+
+using SumSegment = AdamWSink::SumSegment;
+
+float wide(std::uint16_t bfloat16) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <typename Element>
+void submit_pieces(GradientSink& sink, const std::vector<Element>& gradient, std::size_t piece_elements) {
+  sink.begin(0);
+  for (std::size_t i = 0; i < gradient.size(); i += piece_elements) {
+    const std::size_t count = std::min(piece_elements, gradient.size() - i);
+    sink.consume(0, i * sizeof(Element), gradient.data() + i, count * sizeof(Element));
+  }
+  sink.end(0);
+}
+
+// What two submissions to a sum leave: the first of all segments, the second added to some and new in others.
+struct Sums {
+  std::vector<float> sum;
+  std::vector<double> squares;
+};
+
+constexpr std::size_t kSumElements = 70'001;
+// Gaps, neighbours, an empty one, and ends inside a block of 16384.
+const std::vector<SumSegment> kFirst = {
+    {3, 20'000, true}, {20'003, 1, true}, {20'010, 0, true}, {30'000, 40'001, true}};
+const std::vector<SumSegment> kSecond = {
+    {3, 20'000, false}, {20'003, 1, true}, {25'000, 100, true}, {32'768, 20'000, false}};
+
+template <typename Element>
+Sums add_up(int threads, std::size_t piece_elements, const std::vector<std::vector<Element>>& gradients) {
+  const GradientType type = sizeof(Element) == 2 ? GradientType::bfloat16 : GradientType::float32;
+  Planes planes(kSumElements);
+  AdamWSink sink(std::make_shared<ThreadPool>(threads));
+  sink.add_chunk(planes.at(0), kSumElements, type);
+  Sums out{std::vector<float>(kSumElements, -7.f), {}};
+  sink.prepare_sum(0, kFirst, out.sum.data(), type);
+  sink.prepare_sum(0, kSecond, out.sum.data(), type);
+  submit_pieces(sink, gradients[0], piece_elements);
+  EXPECT_EQ(sink.squares(0).size(), kFirst.size());
+  submit_pieces(sink, gradients[1], piece_elements);
+  out.squares = sink.squares(0);
+  EXPECT_TRUE(planes == Planes(kSumElements)) << "a sum changed the weights";
+  return out;
+}
+
+template <typename Element, typename Widen>
+void check_sums(const std::vector<std::vector<Element>>& gradients, const Widen& widen) {
+  std::vector<float> expected(kSumElements, -7.f);
+  for (const auto* segments : {&kFirst, &kSecond}) {
+    const auto& gradient = gradients[segments == &kFirst ? 0 : 1];
+    for (const SumSegment& s : *segments) {
+      for (std::size_t i = s.offset; i < s.offset + s.length; ++i) {
+        expected[i] = s.first ? widen(gradient[i]) : expected[i] + widen(gradient[i]);
+      }
+    }
+  }
+  Sums reference;
+  for (const std::string& set : available_instruction_sets()) {
+    force_instruction_set(set);
+    for (const int threads : {1, 3}) {
+      for (const std::size_t blocks : {1, 2, 9}) {
+        SCOPED_TRACE(set + ", " + std::to_string(threads) + " threads, pieces of " + std::to_string(blocks) +
+                     " blocks");
+        const Sums got = add_up(threads, blocks * 16'384, gradients);
+        EXPECT_EQ(got.sum, expected);
+        if (reference.squares.empty()) {
+          reference = got;
+          for (std::size_t i = 0; i < kSecond.size(); ++i) {
+            double squares = 0;
+            for (std::size_t e = kSecond[i].offset; e < kSecond[i].offset + kSecond[i].length; ++e) {
+              squares += static_cast<double>(expected[e]) * expected[e];
+            }
+            EXPECT_NEAR(got.squares[i], squares, 1e-12 * squares) << "segment " << i;
+          }
+        }
+        EXPECT_EQ(got.squares, reference.squares);  // to the bit
+      }
+      // Pieces that cut blocks: the same sums, and squares but for the order of their addition.
+      for (const std::size_t piece : {1'000, 16'385, 33'333}) {
+        SCOPED_TRACE(set + ", pieces of " + std::to_string(piece));
+        const Sums got = add_up(threads, piece, gradients);
+        EXPECT_EQ(got.sum, expected);
+        for (std::size_t i = 0; i < kSecond.size(); ++i) {
+          EXPECT_NEAR(got.squares[i], reference.squares[i], 1e-12 * reference.squares[i]);
+        }
+      }
+    }
+  }
+  force_instruction_set("");
+}
+
+TEST(AdamWSink, SumsAreExactAndTheirSquaresTheSameEverywhere) {
+  const std::vector<std::vector<std::uint16_t>> narrow = {gradient_of(kSumElements, 11), gradient_of(kSumElements, 12)};
+  check_sums(narrow, wide);
+  std::vector<std::vector<float>> whole(2, std::vector<float>(kSumElements));
+  std::mt19937 random(13);
+  for (auto& gradient : whole) {
+    for (float& g : gradient) g = std::ldexp(std::uniform_real_distribution<float>(-1, 1)(random), random() % 40 - 20);
+  }
+  check_sums(whole, [](float value) { return value; });
+}
+
+// As PyTorch's sums: subnormal numbers count, infinity and NaN spread, and squares outlast float32's range.
+TEST(AdamWSink, SumsOfExtremeValues) {
+  const float tiny = std::numeric_limits<float>::denorm_min(), huge = 3e38f;
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<float> gradient = {tiny, huge, inf, nan, 1.f};
+  Planes planes(5);
+  std::vector<float> sum(5);
+  AdamWSink sink(std::make_shared<ThreadPool>(1));
+  sink.add_chunk(planes.at(0), 5, GradientType::float32);
+  for (const bool first : {true, false}) {
+    sink.prepare_sum(0, {{0, 1, first}, {1, 1, first}, {2, 1, first}, {3, 1, first}, {4, 1, first}}, sum.data(),
+                     GradientType::float32);
+    submit_pieces(sink, gradient, 5);
+    const std::vector<double> squares = sink.squares(0);
+    if (first) {
+      EXPECT_EQ(sum[0], tiny);
+      EXPECT_EQ(squares[0], static_cast<double>(tiny) * tiny);
+      EXPECT_EQ(squares[1], static_cast<double>(huge) * huge);
+    } else {
+      EXPECT_EQ(sum[0], 2 * tiny);
+      EXPECT_TRUE(std::isinf(sum[1]) && std::isinf(squares[1]));
+    }
+    EXPECT_TRUE(std::isinf(sum[2]) && std::isinf(squares[2]));
+    EXPECT_TRUE(std::isnan(sum[3]) && std::isnan(squares[3]));
+    EXPECT_EQ(squares[4], first ? 1. : 4.);
+  }
+}
+
+// Sums take their turn among updates, and an update may have another gradient type than the chunk's.
+TEST(AdamWSink, AnUpdateFromASumEqualsADirectOne) {
+  auto pool = std::make_shared<ThreadPool>(2);
+  const std::size_t n = 40'000;
+  Planes planes(n), expected(n);
+  AdamWSink sink(pool);
+  sink.add_chunk(planes.at(0), n, GradientType::bfloat16);
+  std::vector<float> sum(n), reference(n);
+  for (std::int64_t step = 1; step <= 3; ++step) {
+    const AdamWHyper hyper{.lr = 1e-2, .step = step, .gradient_scale = 0.25f};
+    for (unsigned pass = 0; pass < 3; ++pass) {
+      const auto gradient = gradient_of(n, static_cast<unsigned>(step) * 10 + pass);
+      sink.prepare_sum(0, {{0, n, pass == 0}}, sum.data(), GradientType::bfloat16);
+      submit_pieces(sink, gradient, 16'384);
+      for (std::size_t i = 0; i < n; ++i) reference[i] = (pass == 0 ? 0.f : reference[i]) + wide(gradient[i]);
+    }
+    sink.prepare(0, {{0, n, hyper}}, GradientType::float32);
+    submit_pieces(sink, sum, 16'384);
+    adamw(*pool, hyper, expected.at(0), reference.data(), GradientType::float32, n);
+    EXPECT_TRUE(planes == expected) << step;
+  }
+}
+
+TEST(AdamWSink, PrepareSumRefusesBadSegmentsAndChangesNothing) {
+  Planes planes(100);
+  AdamWSink sink(std::make_shared<ThreadPool>(1));
+  sink.add_chunk(planes.at(0), 100, GradientType::bfloat16);
+  std::vector<float> sum(100, 3.f);
+  const auto refused = [&](const std::vector<SumSegment>& segments) {
+    return message_of(Code::invalid_argument,
+                      [&] { sink.prepare_sum(0, segments, sum.data(), GradientType::bfloat16); });
+  };
+  EXPECT_TRUE(contains(refused({{0, 101, true}}), "chunk 0, segment 0"));
+  refused({{101, 0, true}});
+  refused({{50, static_cast<std::size_t>(-1), true}});
+  EXPECT_TRUE(contains(refused({{0, 10, true}, {9, 10, true}}), "segment 1"));
+  refused({{10, 10, true}, {0, 10, true}});
+  message_of(Code::invalid_argument, [&] { sink.prepare_sum(0, {{0, 1, true}}, nullptr, GradientType::bfloat16); });
+  message_of(Code::invalid_argument, [&] { sink.prepare_sum(1, {}, sum.data(), GradientType::bfloat16); });
+  message_of(Code::invalid_argument, [&] { sink.squares(1); });
+  EXPECT_TRUE(contains(message_of(Code::state, [&] { sink.squares(0); }), "chunk 0"));
+  message_of(Code::state, [&] { sink.begin(0); });
+  EXPECT_EQ(sum, std::vector<float>(100, 3.f));
+
+  // A sum of nothing is one, too.
+  sink.prepare_sum(0, {}, sum.data(), GradientType::bfloat16);
+  submit(sink, 0, gradient_of(100, 3), 100);
+  EXPECT_TRUE(sink.squares(0).empty());
+  EXPECT_EQ(sum, std::vector<float>(100, 3.f));
+}
+
+TEST(AdamWSink, SumsRefusePiecesThatDoNotFit) {
+  Planes planes(100);
+  AdamWSink sink(std::make_shared<ThreadPool>(1));
+  sink.add_chunk(planes.at(0), 100, GradientType::bfloat16);
+  std::vector<float> sum(100), gradient(101);
+  sink.prepare_sum(0, {{0, 100, true}}, sum.data(), GradientType::float32);
+  sink.discard(0);
+  message_of(Code::state, [&] { sink.begin(0); });
+  sink.prepare_sum(0, {{0, 100, true}}, sum.data(), GradientType::float32);
+  sink.begin(0);
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 0, gradient.data(), 404); });
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 2, gradient.data(), 4); });
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 0, gradient.data(), 6); });
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 0, nullptr, 4); });
+  sink.consume(0, 0, gradient.data(), 400);
+  message_of(Code::state, [&] { sink.squares(0); });  // only once it has ended
+  sink.end(0);
+  EXPECT_EQ(sink.squares(0), std::vector<double>{0.});
 }
 
 // The main thread prepares steps and adds chunks while the update lane consumes.

@@ -90,6 +90,9 @@ void expect_stopped(Rig& rig, Code code, const std::vector<std::string>& parts) 
     expect_error(code, parts, [&] { s.check(); });
     expect_error(code, parts, [&] { s.acquire(0, Phase::forward, 0); });
     expect_error(code, parts, [&] { s.submit_gradient(0, bytes.data(), 8, 0); });
+    expect_error(code, parts, [&] { s.add_gradient(0, bytes.data(), 8, 0); });
+    expect_error(code, parts, [&] { s.save_gradient(0, bytes.data(), bytes.data(), 8, 0); });
+    expect_error(code, parts, [&] { s.update(0, bytes.data(), 8, 0); });
     expect_error(code, parts, [&] { s.save_input(0, bytes.data(), bytes.data(), 8, 0); });
     expect_error(code, parts, [&] { s.fetch_input(0, bytes.data(), bytes.data(), 8, 0); });
     expect_error(code, parts, [&] { s.wait_updates(); });

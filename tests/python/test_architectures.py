@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import slidecore
 import torch
 from _architectures import KINDS, batches_for, reference, train
-from _models import weights
+from _models import distance, weights, worst
 from slidecore.offloading import engine_of
 from torch import nn
 
@@ -49,3 +50,24 @@ def test_where_activations_lie_does_not_change_the_result(offload: Offload, kind
     model, losses = run(offload, kind, device_memory="1GiB")
     reference(kind, STEPS).check(model, losses, same_order=True)
     assert engine_of(model).activations._plan.kept_graphs > 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gemma4", "t5"])
+def test_clipped_sums_of_two_backwards(offload: Offload, kind: str) -> None:
+    """Updates that wait for the step, of gradients that are added up and clipped by their norm."""
+    plain = KINDS[kind].build()
+    model = offload(copy.deepcopy(plain))
+    mine = slidecore.AdamW(model.parameters(), lr=1e-3, eps=1e-5, max_grad_norm=0.5)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-3, eps=1e-5)
+    batches = batches_for(KINDS[kind].task, 8)
+    for pair in zip(batches[::2], batches[1::2], strict=True):
+        for m, optimizer in ((model, mine), (plain, theirs)):
+            for batch in pair:
+                m(**batch).loss.backward()
+            if m is plain:
+                torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    slidecore.synchronize(model)
+    value, name = worst(distance(weights(model), weights(plain)))
+    assert value < 1e-5, name

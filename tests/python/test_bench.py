@@ -15,7 +15,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
-def run(script: str, *arguments: str, code: int = 0) -> dict[str, Any]:
+def output_of(script: str, *arguments: str, code: int = 0) -> dict[str, Any]:
     if not (BENCH / script).exists():
         pytest.skip(f"bench/{script} is not here: the tests run outside the repository")
     # The programs must find the slidecore that these tests import, wherever that is.
@@ -29,12 +29,16 @@ def run(script: str, *arguments: str, code: int = 0) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
     )
     assert answer.returncode == code, answer.stderr
-    document = json.loads(answer.stdout)
+    return json.loads(answer.stdout)  # type: ignore[no-any-return]
+
+
+def run(script: str, *arguments: str, code: int = 0) -> dict[str, Any]:
+    document = output_of(script, *arguments, code=code)
     assert document["machine"]["cpu"]
     assert document["machine"]["memory_bytes"] > 0
     assert document["machine"]["packages"]["torch"]
     assert document["command"] == list(arguments)
-    return document  # type: ignore[no-any-return]
+    return document
 
 
 def require_engine() -> None:
@@ -160,3 +164,51 @@ def test_checkpoint(tmp_path: Path) -> None:
     )
     assert document["checksum_gb_per_s"][document["checksum"]] > 0
     assert document["file_system"]["type"]
+
+
+def test_moments(tmp_path: Path) -> None:
+    require_engine()
+    pytest.importorskip("datasets", reason="bench/moments.py needs the finetune extra")
+    picture = tmp_path / "moments.png"
+    document = run("moments.py", "--quick", "--plot", str(picture))
+    runs = document["seeds"]["0"]
+    for result in runs.values():
+        assert len(result["losses"]) == document["steps"]
+        assert all(math.isfinite(loss) for loss in result["losses"])
+        assert result["mean_of_last"] == pytest.approx(sum(result["losses"]) / len(result["losses"]))
+        # The first step's weights and gradients are the same; so is the update, which sees unquantised moments.
+        assert result["losses"][0] == pytest.approx(runs["float32"]["losses"][0], abs=1e-2)
+    assert runs["8bit"]["losses"][:2] == runs["float32"]["losses"][:2]
+    assert runs["8bit"]["losses"] != runs["float32"]["losses"]
+    assert runs["float32"]["planes_bytes"] - runs["8bit"]["planes_bytes"] > 5.9 * runs["8bit"]["parameters"]
+    assert set(document["compared"]["0"]) == set(runs) - {"float32"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_fits() -> None:
+    require_engine()
+    for row in output_of("fits.py")["rows"]:
+        assert row["host_bytes_per_parameter"] == {
+            "float32": pytest.approx(12, 1e-3),
+            "8bit": pytest.approx(6.0625, 1e-3),
+        }
+
+
+@pytest.mark.parametrize("peer", ["auto", "none"])
+def test_disk(tmp_path: Path, peer: str) -> None:
+    require_engine()
+    from slidecore import _core
+
+    document = run("disk.py", "--quick", "--size", "4MiB", "--peer", peer, str(tmp_path))
+    backends = {"threads"} if _core.why_no_io_uring() else {"uring", "threads"}
+    assert {(point["backend"], point["mode"]) for point in document["results"]} == {
+        (backend, mode) for backend in backends for mode in ("read", "write", "both")
+    }
+    for point in document["results"]:
+        assert point["bytes"] == 4 << 20
+        assert point["gb_per_s"]["min"] <= point["gb_per_s"]["median"] <= point["gb_per_s"]["max"]
+        if "peer" in point:
+            assert point["over_peer"] == point["gb_per_s"]["median"] / point["peer"]["gb_per_s"]["median"]
+    assert document["counts"] != _core.inspect_directory(str(tmp_path)).in_memory
+    assert ("peer" in document) != ("peer" in document["skipped"])
+    assert list(tmp_path.iterdir()) == []

@@ -82,15 +82,18 @@ def scheduled() -> Callable[[nn.Module, Batch], torch.Tensor]:
 
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.3, "eps": 1e-5}
 OPTIONS = [{"window": 2}, {"window": 3}, {"micro_batch": 1}, {"micro_batch": 3}, {"keep_graphs": 3}]
+UPDATES = [{}, {"update": "deferred"}, {"max_grad_norm": 1e9}]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_experts_without_a_token_are_skipped(offload: Offload, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "update"), [*((o, UPDATES[0]) for o in OPTIONS), *((OPTIONS[0], u) for u in UPDATES[1:])], ids=str
+)
+def test_experts_without_a_token_are_skipped(offload: Offload, options: dict[str, Any], update: dict[str, Any]) -> None:
     plain = Mixture()
     model = offload(copy.deepcopy(plain), **options)
     before = weights(model)
     batches = feature_batches(STEPS, shape=(4, 6))
-    optimizer = slidecore.AdamW(model.parameters(), **SETTINGS)
+    optimizer = slidecore.AdamW(model.parameters(), **SETTINGS, **update)
     losses = train(model, optimizer, batches, scheduled())
     reference = Reference.of(plain, batches, scheduled, **SETTINGS)
     reference.check(model, losses, same_order="micro_batch" not in options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from collections.abc import Callable
@@ -184,7 +185,7 @@ def test_evaluation_of_parts(offload: Offload) -> None:
     assert counts["hits"] == counts["visits"]
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
 def test_resident_parameters(offload: Offload, mode: Callable[[], Any]) -> None:
     class Scaled(Stack):
         def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,25 @@ def test_beside_a_model_that_is_trained_itself(offload: Offload, options: dict[s
     assert worst(distance(weights(model), weights(plain)))[0] < 1e-5
 
 
+def test_clipping_counts_both(offload: Offload) -> None:
+    plain = Stack(depth=3).train()
+    model = offload(copy.deepcopy(plain), keep=["leave", "blocks.1.up"])
+    kept = [*model.leave.parameters(), *model.blocks[1].up.parameters()]
+    ours = [p for p in model.parameters() if all(p is not k for k in kept)]
+    optimizers = slidecore.AdamW(ours, lr=1e-2, update="deferred"), torch.optim.AdamW(kept, lr=1e-2)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for batch in feature_batches(5):
+        for m in (model, plain):
+            (loss_of(m, batch) * 10).backward()
+        mine = slidecore.clip_grad_norm_(model, 0.3)
+        assert mine.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.3).item(), rel=1e-5)
+        for optimizer in (*optimizers, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    slidecore.synchronize(model)
+    assert worst(distance(weights(model), weights(plain)))[0] < 1e-5
+
+
 @pytest.mark.parametrize("keep", [["lm_head"], ["model.layers.1", "model.norm.weight"], "modules"], ids=str)
 def test_parts_of_a_language_model(offload: Offload, keep: Any) -> None:
     plain = language_model("llama").train().requires_grad_(False)
@@ -228,6 +248,34 @@ def test_states_hold_both(offload: Offload) -> None:
         assert torch.allclose(model(feature_batches(1)[0]["x"]), adapted()(feature_batches(1)[0]["x"]), atol=1e-6)
     slidecore.close(model)
     assert torch.allclose(model(feature_batches(1)[0]["x"]), adapted()(feature_batches(1)[0]["x"]), atol=1e-6)
+
+
+def test_checkpoints_hold_both(offload: Offload, tmp_path: Path) -> None:
+    """With the state of the optimizer of what is kept as the caller's own; the run goes on bit by bit."""
+
+    def start() -> tuple[nn.Module, Any, Any]:
+        model = offload(Stack(depth=3).train(), keep=["leave", "blocks.1.up"])
+        kept = [*model.leave.parameters(), *model.blocks[1].up.parameters()]
+        ours = [p for p in model.parameters() if all(p is not k for k in kept)]
+        return model, slidecore.AdamW(ours, lr=1e-2), torch.optim.AdamW(kept, lr=1e-2)
+
+    batches = feature_batches(6)
+    model, first, second = start()
+    train(model, batches[:3], first, second)
+    slidecore.save_checkpoint(model, first, tmp_path / "run", extra=second.state_dict())
+    expected = train(model, batches[3:], first, second)
+    slidecore.synchronize(model)
+    again, first, second = start()
+    with torch.no_grad():
+        again.leave.weight.zero_()
+    second.load_state_dict(slidecore.load_checkpoint(again, first, tmp_path / "run"))
+    assert train(again, batches[3:], first, second) == expected
+    slidecore.synchronize(again)
+    for name, value in weights(model).items():
+        assert torch.equal(again.get_parameter(name), value), name
+    other = offload(Stack(depth=3))
+    with pytest.raises(slidecore.CheckpointError, match="of another model; it has no parameter"):
+        slidecore.load_checkpoint(other, slidecore.AdamW(other.parameters()), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -34,15 +34,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 TILES: dict[str, dict[str, Any]] = {
     "one tile": {"tile": 64},
-    "tiles": {"tile": 16},
-    "tiles, narrow sums": {"tile": 16, "accumulate": None},
-    "pieces": {"tile": 64, "piece": 50},
-    "tiles and pieces": {"tile": 16, "piece": 50},
+    "tiles": {"tile": 8},
+    "tiles, narrow sums": {"tile": 8, "accumulate": None},
+    "pieces": {"tile": 64, "piece": 70},
+    "tiles and pieces": {"tile": 8, "piece": 70},
     "own choice": {"prefer": "speed"},
 }
 
 
-def data(dtype: torch.dtype, tokens: int = 45, width: int = 24, vocabulary: int = 137) -> tuple[torch.Tensor, ...]:
+def data(dtype: torch.dtype, tokens: int = 23, width: int = 24, vocabulary: int = 137) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(tokens)
     hidden = torch.randn(tokens, width, generator=generator).to(DEVICE, dtype)
     weight = (0.3 * torch.randn(vocabulary, width, generator=generator)).to(DEVICE, dtype)
@@ -95,7 +95,7 @@ def check(dtype: torch.dtype, options: dict[str, Any], tiles: dict[str, Any], fa
     hidden, weight, labels = data(dtype)
     ignored = options.get("ignore_index", -100)
     labels[::5] = ignored
-    labels[16:32] = ignored  # a whole tile
+    labels[8:16] = ignored  # a whole tile
     loss, log_probabilities, of_hidden, of_weight = reference(hidden, weight, labels, **options)
     mine = linear_cross_entropy(hidden, weight, labels, **options, **tiles)
     (mine.loss * factor).backward()
@@ -130,13 +130,13 @@ def test_reference_path(dtype: torch.dtype, options: str, tiles: str) -> None:
 
 @pytest.mark.parametrize("tiles", ["tiles", "tiles and pieces"])
 def test_weights_items_and_factor(tiles: str) -> None:
-    weights = torch.rand(45, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weights = torch.rand(23, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     weights[3] = 0
     for num_items in (17.0, None):
         check(torch.float32, {"weights": weights, "num_items": num_items, "z_loss": 0.1}, TILES[tiles], factor=-1.75)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 64, 65, 1000, 8192, 9001])
+@pytest.mark.parametrize("vocabulary", [1, 2, 64, 65, 1000, 9001])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_odd_sizes(tokens: int, vocabulary: int) -> None:
     hidden, weight, labels = data(torch.float32, tokens, 8, vocabulary)
@@ -261,7 +261,7 @@ def test_weight_that_arrives_in_pieces() -> None:
     of_hidden = torch.zeros_like(hidden).detach()
     with torch.no_grad():
         losses, _ = linear_cross_entropy_of_pieces(
-            hidden, pieces, labels, torch.tensor(45.0, device=DEVICE), LossOptions(), vocabulary=len(weight), tile=16,
+            hidden, pieces, labels, torch.tensor(23.0, device=DEVICE), LossOptions(), vocabulary=len(weight), tile=16,
             hidden_gradient=poison(of_hidden), take=take, took=took,
         )  # fmt: skip
     assert len(passes) == 2
@@ -315,7 +315,7 @@ def test_refuses() -> None:
         ({"label_smoothing": 1.5}, r"not in \[0, 1\]"),
         ({"softcap": 0.0}, "softcap=0.0 must be positive"),
         ({"z_loss": -1.0}, "z_loss=-1.0"),
-        ({"weights": torch.ones(3)}, "3 weights for 45 tokens"),
+        ({"weights": torch.ones(3)}, "3 weights for 23 tokens"),
         ({"prefer": "both"}, "prefer='both' must be"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -52,17 +52,16 @@ def train(
     return losses, result
 
 
-@pytest.mark.parametrize("tile", [None, 7])
-@pytest.mark.parametrize("micro_batch", ["auto", 1])
 @pytest.mark.parametrize(
-    ("kind", "config"),
+    ("kind", "config", "micro_batch", "tile"),
     [
-        ("llama", {}),
-        ("llama", {"tied": True}),
-        ("gemma2", {"final_logit_softcapping": 3.0}),
-        ("granite", {"logits_scaling": 0.3, "tied": True}),
+        ("llama", {}, "auto", 7),
+        ("llama", {"tied": True}, "auto", None),
+        ("llama", {"tied": True}, 1, 7),
+        ("gemma2", {"final_logit_softcapping": 3.0}, 1, None),
+        ("granite", {"logits_scaling": 0.3, "tied": True}, "auto", 7),
     ],
-    ids=["llama", "tied", "softcap", "scaled"],
+    ids=["llama", "tied", "tied in parts", "softcap", "scaled"],
 )
 def test_same_as_without(
     offload: Offload,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import slidecore
 import torch
+from _architectures import KINDS
 from _models import LANGUAGE_MODELS, Residual, Stack, language_model
 from slidecore.partition import Chunk, partition
 from slidecore.planes import ENTRY_ALIGNMENT, lay_out, state_bytes
@@ -142,6 +143,16 @@ def test_kept_parameters_are_in_no_chunk() -> None:
     assert sum(len(c.entries) for c in chunks) + len(kept) == len(list(model.parameters()))
     with pytest.raises(slidecore.ModelError, match=r"'blocks.1' has no parameters but kept ones"):
         partition(model, ["blocks.0", "blocks.1"], kept)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_both_runs_of_an_encoder_decoder(kind: str) -> None:
+    model = KINDS[kind].build()
+    chunks = partition(model)
+    assert_covers(model, chunks)
+    names = [c.name for c in chunks if c.kind == "block"]
+    assert sum("encoder" in name for name in names) == 3
+    assert sum("decoder" in name for name in names) == len(names) - 3 == (3 if kind == "t5" else 2)
 
 
 @pytest.mark.parametrize("by_module", [False, True])

@@ -217,6 +217,32 @@ def test_a_batch_is_split(offload: Offload, recwarn: pytest.WarningsRecorder) ->
     assert not [w for w in recwarn if "micro-batches" in str(w.message)]
 
 
+class Streams(Residual):
+    """Mixes four streams that lie along dimension 0: it cannot run with fewer."""
+
+    def __init__(self) -> None:
+        super().__init__(13, 29)
+        self.mix = nn.Parameter(torch.eye(4) + 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward((self.mix @ x.flatten(1)).view_as(x))
+
+
+class Streamed(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.enter(x).expand(4, *x.shape[:-1], -1) * torch.arange(1.0, 5.0).view(4, 1, 1, 1)
+        h = h.flatten(1, 2)
+        for block in self.blocks:
+            h = block(h)
+        return self.leave(self.norm(h.mean(0))).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("options", [{"micro_batch": 2}, {"device_memory": "1GiB"}], ids=str)
+def test_blocks_that_cannot_run_with_fewer_rows(offload: Offload, options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=r"Streams cannot run with .* sample.*not split into micro-batches"):
+        assert difference(offload, lambda: Streamed(block=Streams), **options) < 1e-4
+
+
 # --- blocks that are called more often than there are blocks
 
 

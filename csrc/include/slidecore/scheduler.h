@@ -18,10 +18,11 @@
 //   a visit                 waits for its upload                                  (event, on the compute stream)
 //   download of a gradient  waits for the visit's work                            (event, on the download stream)
 //   an update               waits for uploads that still read the chunk's plane   (update lane)
+//   an update               waits for the chunk's updates before it               (update lane)
 //   an update from the host waits for its gradient's transfer, or for the chunk's sums (update lane)
 //   a sum                   waits for the chunk's updates, which may still read the one before it (update lane)
-//   a saved gradient        waits for the chunk's updates, which may still read the one before it (download lane)
-//   a download's piece      waits for a free piece of the ring                    (download lane: backpressure)
+//   a saved gradient        waits for the chunk's updates and sums, which may still use the one before it (download
+//   lane) a download's piece      waits for a free piece of the ring                    (download lane: backpressure)
 // Updates depend on downloads, downloads on compute and on earlier updates, compute on uploads, uploads on
 // earlier updates and visits: the order is that of the calls, so there is no cycle.
 //

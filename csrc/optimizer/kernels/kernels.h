@@ -30,7 +30,10 @@ struct Scalars {
 
 using AdamW = void (*)(const Scalars&, const Planes&, const void* gradient, std::size_t n);
 
-// With 8-bit moments. The first element begins a group of moments_group.
+// Parameters that share a scale of 8-bit moments.
+constexpr std::size_t moments8_group = 128;
+
+// With 8-bit moments. The first element begins a group.
 struct Planes8 {
   std::uint16_t* weight;
   std::int16_t* residual;

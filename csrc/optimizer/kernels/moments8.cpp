@@ -176,13 +176,16 @@ void adamw8(const Scalars& scalars, const Planes8& first, const void* gradient_p
     gradient += 2 * group;
     planes = next_group<Split>(second);
   }
-  while (n > 0) {
-    const std::size_t count = n < group ? n : group;
-    update_some<Split>(scalars, gradient, planes, fresh, count);
-    quantise_some(fresh, planes, count);
-    gradient += count;
-    if (n > group) planes = next_group<Split>(planes);
-    n -= count;
+  if (n >= group) {
+    update_whole<Split>(scalars, gradient, planes, fresh);
+    quantise_whole(fresh, planes);
+    gradient += group;
+    planes = next_group<Split>(planes);
+    n -= group;
+  }
+  if (n > 0) {
+    update_some<Split>(scalars, gradient, planes, fresh, n);
+    quantise_some(fresh, planes, n);
   }
 }
 

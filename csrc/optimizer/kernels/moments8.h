@@ -5,11 +5,12 @@
 #include <cstdint>
 
 #include "optimizer/kernels/elements.h"
+#include "optimizer/kernels/kernels.h"
 
 namespace slidecore::kernels::SLIDECORE_KERNEL_SET {
 namespace {
 
-constexpr std::size_t group = 128;
+constexpr std::size_t group = moments8_group;
 constexpr std::size_t prefetch_distance = 1024;
 
 // A group's new moments before they are quantised: the first, and the root of the second.

@@ -60,8 +60,8 @@ def describe_chunks(
     return described
 
 
-def describe_buffers(layout: FileLayout) -> list[dict[str, Any]]:
-    """What the manifest says of the buffers."""
+def describe_others(layout: FileLayout) -> list[dict[str, Any]]:
+    """What the manifest says of the tensors in no plane."""
     return [
         {"name": s.name, "dtype": str(s.dtype), "shape": list(s.shape), "offset": layout.offsets[s.name]}
         for s in layout.tensors

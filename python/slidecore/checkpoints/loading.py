@@ -14,14 +14,13 @@ from slidecore.checkpoints import state as training_state
 from slidecore.checkpoints.checks import check_at_rest, check_usable
 from slidecore.checkpoints.chunks import describe_entries, describe_planes, planes_of
 from slidecore.checkpoints.files import Stop, bytes_of, choose_threads, read_file, run_all
-from slidecore.checkpoints.manifest import BUFFERS, MANIFEST, STATE, Manifest, read_manifest
-from slidecore.checkpoints.weights import persistent_buffers
+from slidecore.checkpoints.manifest import MANIFEST, OTHERS, STATE, Manifest, read_manifest
+from slidecore.checkpoints.weights import other_tensors
 from slidecore.errors import CheckpointError
 from slidecore.offloading import engine_of
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
-    from slidecore.optimizer import AdamW
 
 # What goes where: for every file (offset, memory) of each part.
 _Parts = dict[str, list[tuple[int, memoryview]]]
@@ -29,7 +28,7 @@ _Parts = dict[str, list[tuple[int, memoryview]]]
 
 def load_checkpoint(
     model: nn.Module,
-    optimizer: AdamW,
+    optimizer: torch.optim.Optimizer,
     directory: str | Path,
     *,
     scheduler: Any = None,
@@ -45,7 +44,7 @@ def load_checkpoint(
 
     Args:
         model: an offloaded model, between steps.
-        optimizer: its slidecore.AdamW; the groups' options become those that were saved.
+        optimizer: of the kind that was saved; the groups' options become those that were saved.
         directory: a checkpoint; see `latest_checkpoint`.
         scheduler: given if, and only if, one was saved; of the same class.
         random_state: False leaves the random generators as they are.
@@ -65,22 +64,22 @@ def load_checkpoint(
     """
     engine = engine_of(model)
     check_usable(engine, optimizer)
-    check_at_rest(engine)
+    check_at_rest(model, engine)
     threads = choose_threads(threads)
     manifest = read_manifest(Path(directory))
     manifest.check_sizes()
     _check_model(manifest, engine)
-    buffers = persistent_buffers(model)
-    _check_buffers(manifest, buffers)
+    others = other_tensors(model, engine)
+    _check_others(manifest, others)
     state = read_state(manifest)
     training_state.check_fits(state, engine, optimizer, scheduler, model)
     if verify:
         _read(manifest, {}, manifest.files, threads, keep_cached=True)
 
     engine.drain()
-    staged = {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in buffers.items()}
+    staged = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in others.items()}
     parts = _parts_of_planes(manifest, engine)
-    parts[BUFFERS] = [(said["offset"], bytes_of(staged[said["name"]])) for said in manifest.body["buffers"]]
+    parts[OTHERS] = [(said["offset"], bytes_of(staged[said["name"]])) for said in manifest.body["others"]]
     try:
         _read(manifest, parts, parts if verify else manifest.files, threads, keep_cached=False)
     except CheckpointError as error:
@@ -91,8 +90,8 @@ def load_checkpoint(
         for chunk in engine.chunks:
             engine.scheduler.invalidate(chunk.index)
     with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(staged[name])
+        for name, tensor in others.items():
+            tensor.copy_(staged[name])
     for chunk, said in zip(engine.chunks, manifest.body["chunks"], strict=True):
         for entry, kept in zip(chunk.entries, said["entries"], strict=True):
             entry.step = int(kept["step"])
@@ -187,12 +186,12 @@ def _form(plane: dict[str, Any] | None) -> str:
     return "none" if plane is None else f"{plane['numel']} elements of {plane['dtype'].removeprefix('torch.')}"
 
 
-def _check_buffers(manifest: Manifest, buffers: dict[str, torch.Tensor]) -> None:
-    saved = {said["name"]: (said["dtype"], said["shape"]) for said in manifest.body["buffers"]}
-    mine = {name: (str(buffer.dtype), list(buffer.shape)) for name, buffer in buffers.items()}
+def _check_others(manifest: Manifest, others: dict[str, torch.Tensor]) -> None:
+    saved = {said["name"]: (said["dtype"], said["shape"]) for said in manifest.body["others"]}
+    mine = {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in others.items()}
     for name in [*mine, *saved]:
         if saved.get(name) != mine.get(name):
             raise CheckpointError(
-                f"{manifest.directory / MANIFEST}: buffer {name!r} is {saved.get(name, 'not there')} in the checkpoint "
-                f"and {mine.get(name, 'not there')} in the model"
+                f"{manifest.directory / MANIFEST}: {name!r} (a buffer, or a parameter kept on the device) is "
+                f"{saved.get(name, 'not there')} in the checkpoint and {mine.get(name, 'not there')} in the model"
             )

@@ -14,7 +14,7 @@ from slidecore.errors import CheckpointError
 MANIFEST = "slidecore_checkpoint.json"
 FORMAT = 1
 # Relative to the checkpoint's directory. In a directory of their own, where no tool takes them for weights.
-STATE, BUFFERS = "training/state.pt", "training/buffers.safetensors"
+STATE, OTHERS = "training/state.pt", "training/others.safetensors"
 
 
 def planes_file(index: int) -> str:
@@ -29,7 +29,8 @@ class Manifest:
     Attributes:
         directory: where it was found.
         body: `format`, `slidecore` (version), `sequence` (a number that grows with every checkpoint saved beside
-            others), `compute_dtype`, `chunks` (name, planes, entries with their layout and step counts), `buffers`.
+            others), `compute_dtype`, `chunks` (name, planes, entries with their layout and step counts), `others`
+            (tensors that lie in no plane).
         files: by relative path; the manifest itself is not in it.
     """
 

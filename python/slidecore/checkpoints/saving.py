@@ -16,7 +16,7 @@ from torch import nn
 
 from slidecore.checkpoints import state as training_state
 from slidecore.checkpoints.checks import check_at_rest, check_usable
-from slidecore.checkpoints.chunks import describe_buffers, describe_chunks, lay_out_planes, layout_of, planes_of
+from slidecore.checkpoints.chunks import describe_chunks, describe_others, lay_out_planes, layout_of, planes_of
 from slidecore.checkpoints.directories import (
     check_exchange,
     check_target,
@@ -37,16 +37,15 @@ from slidecore.checkpoints.files import (
     sync_directory,
 )
 from slidecore.checkpoints.layout import FileLayout
-from slidecore.checkpoints.manifest import BUFFERS, FORMAT, MANIFEST, STATE, encode_manifest, planes_file
+from slidecore.checkpoints.manifest import FORMAT, MANIFEST, OTHERS, STATE, encode_manifest, planes_file
 from slidecore.checkpoints.side_files import write_side_files
-from slidecore.checkpoints.weights import INDEX, WeightFiles, persistent_buffers, plan_weight_files
+from slidecore.checkpoints.weights import INDEX, WeightFiles, other_tensors, plan_weight_files
 from slidecore.errors import CheckpointError
 from slidecore.offloading import engine_of
 from slidecore.sizes import parse_size
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
-    from slidecore.optimizer import AdamW
 
 # By name: how large a file will be, and what writes it into a directory.
 _Writes = dict[str, tuple[int, Callable[[Path], FileRecord]]]
@@ -54,7 +53,7 @@ _Writes = dict[str, tuple[int, Callable[[Path], FileRecord]]]
 
 def save_checkpoint(
     model: nn.Module,
-    optimizer: AdamW,
+    optimizer: torch.optim.Optimizer,
     directory: str | Path,
     *,
     scheduler: Any = None,
@@ -79,7 +78,8 @@ def save_checkpoint(
 
     Args:
         model: an offloaded model.
-        optimizer: its slidecore.AdamW.
+        optimizer: its slidecore.AdamW; or, where all that is trained is kept on the device, the optimizer of
+            torch.optim that does it (the state of one beside a slidecore.AdamW can be part of `extra`).
         directory: where to; must not exist or be empty, unless `overwrite`. For example "run/step-000100".
         scheduler: a learning-rate scheduler, or anything with state_dict and load_state_dict.
         extra: the caller's own state, which `load_checkpoint` returns: the position in the data, say. Tensors, and
@@ -103,7 +103,7 @@ def save_checkpoint(
     target = Path(directory).absolute()
     engine = engine_of(model)
     check_usable(engine, optimizer)
-    check_at_rest(engine)
+    check_at_rest(model, engine)
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep} must be at least 1 (or None, to keep all)")
     threads = choose_threads(threads)
@@ -178,17 +178,17 @@ def _weight_writes(weights: WeightFiles, stop: Stop) -> _Writes:
 def _plan_training_state(
     model: nn.Module, engine: Engine, weights: WeightFiles, writes: _Writes, stop: Stop
 ) -> dict[str, Any]:
-    """Adds the files of planes and buffers to `writes`; returns the manifest's body."""
+    """Adds the files of planes and other tensors to `writes`; returns the manifest's body."""
     layouts = {chunk: lay_out_planes(engine, chunk, whole=chunk in weights.converted) for chunk in engine.chunks}
     for chunk, layout in layouts.items():
         if layout is not None:
             name, tensors = planes_file(chunk.index), planes_of(engine, chunk)
             writes[name] = layout.nbytes, partial(_write_tensors, name=name, layout=layout, tensors=tensors, stop=stop)
-    buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in persistent_buffers(model).items()}
-    layout = layout_of(buffers)
-    writes[BUFFERS] = (
+    others = {name: t.detach().cpu().contiguous() for name, t in other_tensors(model, engine).items()}
+    layout = layout_of(others)
+    writes[OTHERS] = (
         layout.nbytes,
-        partial(_write_tensors, name=BUFFERS, layout=layout, tensors=buffers, stop=stop),
+        partial(_write_tensors, name=OTHERS, layout=layout, tensors=others, stop=stop),
     )
     from slidecore import __version__
 
@@ -198,7 +198,7 @@ def _plan_training_state(
         "model": type(model).__name__,
         "compute_dtype": str(engine.compute_dtype).removeprefix("torch."),
         "chunks": describe_chunks(engine, layouts, weights.places()),
-        "buffers": describe_buffers(layout),
+        "others": describe_others(layout),
     }
 
 

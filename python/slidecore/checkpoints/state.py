@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from slidecore.errors import CheckpointError, UsageError
+from slidecore.optimizer import AdamW
 
 if TYPE_CHECKING:
     from slidecore.backend import Backend
     from slidecore.engine import Engine
-    from slidecore.optimizer import AdamW
 
-_PARTS = {"groups", "updates", "scheduler", "random", "modules", "extra"}
+_PARTS = {"optimizer", "scheduler", "random", "modules", "extra"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -48,18 +49,14 @@ def check_plain(value: Any, where: str) -> None:
         )
 
 
-def collect(model: nn.Module, engine: Engine, optimizer: AdamW, scheduler: Any, extra: Any) -> dict[str, Any]:
+def collect(model: nn.Module, engine: Engine, optimizer: Optimizer, scheduler: Any, extra: Any) -> dict[str, Any]:
     """The state as plain values and tensors.
 
     Raises:
         UsageError: something in it cannot be saved.
     """
     state = {
-        "groups": [
-            {**{name: value for name, value in group.items() if name != "params"}, "params": names}
-            for group, names in zip(optimizer.param_groups, _group_names(engine, optimizer), strict=True)
-        ],
-        "updates": {"skipped_steps": optimizer.skipped_steps, "adds_up": engine.deferred.adds_up},
+        "optimizer": _optimizer_state(engine, optimizer),
         "scheduler": None
         if scheduler is None
         else {"class": type(scheduler).__name__, "state": dict(scheduler.state_dict())},
@@ -68,7 +65,7 @@ def collect(model: nn.Module, engine: Engine, optimizer: AdamW, scheduler: Any, 
         "extra": extra,
     }
     for name, value in state.items():
-        check_plain(value, {"groups": "the optimizer's groups", "modules": "the modules' extra state"}.get(name, name))
+        check_plain(value, {"modules": "the modules' extra state"}.get(name, name))
     return state
 
 
@@ -94,17 +91,9 @@ def decode(data: bytes | bytearray, where: str) -> dict[str, Any]:
     return state
 
 
-def check_fits(state: dict[str, Any], engine: Engine, optimizer: AdamW, scheduler: Any, modules: nn.Module) -> None:
+def check_fits(state: dict[str, Any], engine: Engine, optimizer: Optimizer, scheduler: Any, modules: nn.Module) -> None:
     """Raises CheckpointError where the state belongs to another optimizer, scheduler or model. Changes nothing."""
-    saved, mine = [group["params"] for group in state["groups"]], _group_names(engine, optimizer)
-    if len(saved) != len(mine):
-        raise CheckpointError(f"the optimizer has {len(mine)} parameter groups, the checkpoint {len(saved)}")
-    for index, (theirs, ours) in enumerate(zip(saved, mine, strict=True)):
-        if set(theirs) != set(ours):
-            name = sorted(set(theirs) ^ set(ours))[0]
-            raise CheckpointError(
-                f"parameter group {index} is another one than in the checkpoint: {name!r} is in only one of them"
-            )
+    _check_optimizer(state["optimizer"], engine, optimizer)
     kept = state["scheduler"]
     if (kept is None) != (scheduler is None):
         raise CheckpointError(
@@ -123,14 +112,10 @@ def check_fits(state: dict[str, Any], engine: Engine, optimizer: AdamW, schedule
 
 
 def apply(
-    state: dict[str, Any], model: nn.Module, engine: Engine, optimizer: AdamW, scheduler: Any, random_state: bool
+    state: dict[str, Any], model: nn.Module, engine: Engine, optimizer: Optimizer, scheduler: Any, random_state: bool
 ) -> None:
     """Puts a state that fits in its place."""
-    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-        group.update({name: value for name, value in saved.items() if name != "params"})
-    optimizer.skipped_steps = state["updates"]["skipped_steps"]
-    if state["updates"]["adds_up"]:  # norms of sums are taken in another order than those of single gradients
-        engine.deferred.announce_addition()
+    _apply_optimizer(state["optimizer"], engine, optimizer)
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"]["state"])
     for name, module in model.named_modules():
@@ -168,6 +153,53 @@ def restore_random_states(states: dict[str, Any], backend: Backend) -> None:
         )
     elif not backend.is_host:
         torch.cuda.set_rng_state(states["card"], backend.torch_device)
+
+
+def _optimizer_state(engine: Engine, optimizer: Optimizer) -> dict[str, Any]:
+    """Of slidecore.AdamW what lies in no plane; of an optimizer of torch.optim, beside kept parameters, all of it."""
+    if not isinstance(optimizer, AdamW):
+        return {"class": type(optimizer).__name__, "state": optimizer.state_dict()}
+    names = _group_names(engine, optimizer)
+    return {
+        "class": None,
+        "groups": [
+            {**{name: value for name, value in group.items() if name != "params"}, "params": parameters}
+            for group, parameters in zip(optimizer.param_groups, names, strict=True)
+        ],
+        "skipped_steps": optimizer.skipped_steps,
+        "adds_up": engine.deferred.adds_up,
+    }
+
+
+def _check_optimizer(kept: dict[str, Any], engine: Engine, optimizer: Optimizer) -> None:
+    name = None if isinstance(optimizer, AdamW) else type(optimizer).__name__
+    if kept["class"] != name:
+        kinds = [f"torch.optim.{n}" if n else "slidecore.AdamW" for n in (kept["class"], name)]
+        raise CheckpointError(f"the checkpoint holds the state of a {kinds[0]}, the optimizer is a {kinds[1]}")
+    if isinstance(optimizer, AdamW):
+        groups, names = kept["groups"], _group_names(engine, optimizer)
+    else:
+        groups = kept["state"]["param_groups"]
+        names = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if len(groups) != len(names):
+        raise CheckpointError(f"the optimizer has {len(names)} parameter groups, the checkpoint {len(groups)}")
+    for index, (group, mine) in enumerate(zip(groups, names, strict=True)):
+        if set(group["params"]) != set(mine):
+            different = sorted(set(group["params"]) ^ set(mine))[0]
+            raise CheckpointError(
+                f"parameter group {index} is another one than in the checkpoint: {different!r} is in only one of them"
+            )
+
+
+def _apply_optimizer(kept: dict[str, Any], engine: Engine, optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, AdamW):
+        optimizer.load_state_dict(kept["state"])
+        return
+    for group, saved in zip(optimizer.param_groups, kept["groups"], strict=True):
+        group.update({name: value for name, value in saved.items() if name != "params"})
+    optimizer.skipped_steps = kept["skipped_steps"]
+    if kept["adds_up"]:  # norms of sums are taken in another order than those of single gradients
+        engine.deferred.announce_addition()
 
 
 def _group_names(engine: Engine, optimizer: AdamW) -> list[list[str]]:

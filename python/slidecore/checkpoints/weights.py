@@ -111,13 +111,21 @@ class WeightFiles:
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """Whether `model` is one of transformers; does not import it."""
+    """Whether `model` is one of transformers that `save_pretrained` saves whole; does not import it.
+
+    Of a model with adapters inside it saves only these.
+    """
     transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return False
+    return not getattr(model, "_hf_peft_config_loaded", False)
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that belong to the model's state, by their first name."""
+def other_tensors(model: nn.Module, engine: Engine) -> dict[str, torch.Tensor]:
+    """What belongs to the model's state and lies in no plane: persistent buffers, and parameters kept on the device.
+
+    By name: buffers by their first, parameters by the one that they are stored under.
+    """
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -125,7 +133,8 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
             if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
                 seen.add(id(buffer))
                 found[f"{prefix}.{name}" if prefix else name] = buffer
-    return found
+    kept = {id(p): p for p in model.parameters() if id(p) not in engine.entries}
+    return found | {name: kept[key] for key, name in _stored_names(model)[0].items() if key in kept}
 
 
 def plan_weight_files(model: nn.Module, engine: Engine, shard_bytes: int) -> WeightFiles:
@@ -139,12 +148,14 @@ def plan_weight_files(model: nn.Module, engine: Engine, shard_bytes: int) -> Wei
     Raises:
         ModelError: a buffer has a dtype that safetensors files cannot hold.
     """
-    names, aliases = _stored_names(model, engine)
+    names, aliases = _stored_names(model)
     planes = engine.planes.weight
-    of_chunk = {c: {names[e]: planes.view(c, e) for e in c.entries} for c in engine.chunks}
-    entry_of = {name: entry for entry, name in names.items()}
-    buffers = persistent_buffers(model)
-    groups: list[tuple[Chunk | None, dict[str, torch.Tensor]]] = [*of_chunk.items(), (None, buffers)]
+    of_chunk = {c: {names[id(e.parameter)]: planes.view(c, e) for e in c.entries} for c in engine.chunks}
+    entry_of = {names[key]: entry for key, (_, entry) in engine.entries.items()}
+    groups: list[tuple[Chunk | None, dict[str, torch.Tensor]]] = [
+        *of_chunk.items(),
+        (None, other_tensors(model, engine)),
+    ]
 
     revert = _reverting(model, [sources for _, sources in groups])
     files = WeightFiles([])
@@ -190,8 +201,8 @@ def _shards(units: Sequence[Unit], shard_bytes: int, metadata: dict[str, str]) -
     return shards
 
 
-def _stored_names(model: nn.Module, engine: Engine) -> tuple[dict[Entry, str], dict[str, str]]:
-    """The name each entry is stored under, and for its other names (of tied parameters) the stored one.
+def _stored_names(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
+    """The name each parameter (by id) is stored under, and for its other names (if it is tied) the stored one.
 
     Of a tied parameter's names transformers keeps the one that the others are tied to.
     """
@@ -200,13 +211,11 @@ def _stored_names(model: nn.Module, engine: Engine) -> tuple[dict[Entry, str], d
         all_names.setdefault(id(parameter), []).append(name)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    names: dict[Entry, str] = {}
+    names: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    for identity, (_, entry) in engine.entries.items():
-        candidates = all_names.get(identity, [entry.name])
-        kept = min(candidates, key=lambda name: (name in ignored, name in tied))  # the first of the best
-        names[entry] = kept
-        aliases.update({name: kept for name in candidates if name != kept})
+    for key, candidates in all_names.items():
+        names[key] = min(candidates, key=lambda name: (name in ignored, name in tied))  # the first of the best
+        aliases.update({name: names[key] for name in candidates if name != names[key]})
     return names, aliases
 
 

@@ -53,6 +53,14 @@ def finetune(
     weight_decay: Annotated[
         float, typer.Option(help="Decay of weight matrices (never of norms and biases).", rich_help_panel=_TRAINING)
     ] = 0.01,
+    max_grad_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="Clip the norm of all gradients together; skip steps where it is not finite. Takes 2 more bytes of "
+            "host memory a parameter.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and dropout.", rich_help_panel=_TRAINING)] = 0,
     resume: Annotated[
         bool,
@@ -142,6 +150,7 @@ def finetune(
         lr=lr,
         warmup=warmup,
         weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
         seed=seed,
         device=device,
         device_memory=device_memory,

@@ -44,11 +44,11 @@ _ON_CPU = {
 _ON_CARD = Size(hidden=768, layers=16, device_memory="160MiB", lr=1e-3)
 
 
-def choose_size(device: str) -> tuple[Size, torch.dtype]:
+def choose_size(device: str, compute_dtype: str = "auto") -> tuple[Size, torch.dtype]:
     """What suits `device`, and the dtype to compute in."""
     from slidecore.finetune.loop import choose_compute_dtype
 
-    dtype = choose_compute_dtype("auto", device)
+    dtype = choose_compute_dtype(compute_dtype, device)
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     return _ON_CPU[dtype] if on_cpu else _ON_CARD, dtype
 
@@ -111,6 +111,27 @@ def make_model(path: Path, *, hidden: int = 192, layers: int = 12, seed: int = 0
         tokenizer.save_pretrained(path)
 
 
+def training(model: Path, out: Path, size: Size, dtype: torch.dtype, steps: int, device: str) -> Options:
+    """The demo's run: `model` learns the source of Python's standard library, and is written to `out`."""
+    return Options(
+        model=model,
+        data=Path(sysconfig.get_path("stdlib")),
+        glob="*.py",
+        out=out,
+        overwrite=True,
+        sequence_length=128,
+        batch_size=4,
+        steps=steps,
+        lr=size.lr,
+        warmup=20,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        device=device,
+        device_memory=size.device_memory,
+        compute_dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m slidecore.finetune.demo", description=__doc__.splitlines()[0])
@@ -131,23 +152,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from slidecore.finetune.loop import run
 
-        options = Options(
-            model=model,
-            data=Path(sysconfig.get_path("stdlib")),
-            glob="*.py",
-            out=arguments.out / "trained",
-            overwrite=True,
-            sequence_length=128,
-            batch_size=4,
-            steps=arguments.steps,
-            lr=size.lr,
-            warmup=20,
-            weight_decay=0.1,
-            betas=(0.9, 0.95),
-            device=arguments.device,
-            device_memory=size.device_memory,
-            compute_dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
-        )
+        options = training(model, arguments.out / "trained", size, dtype, arguments.steps, arguments.device)
         for line in summary_lines(run(options, progress)):
             progress.say(line)
     except SlidecoreError as error:

@@ -26,6 +26,8 @@ class Options:
         warmup: below 1, the share of all steps over which the learning rate rises; from 1 on, the number of steps.
         weight_decay: decoupled weight decay, for parameters of two or more dimensions only.
         betas: Adam's decay rates.
+        max_grad_norm: clip the norm of all gradients together to this, and skip steps where it is not finite; None:
+            neither.
         glob: files to take from a data directory, as a pattern such as "**/*.md"; None: every file that can be read.
         assistant_only: for chats, take the loss on the assistant's tokens only.
         device: "auto", "cuda", "cuda:1", "hip" or "cpu" (the host backend).
@@ -57,6 +59,7 @@ class Options:
     warmup: float = 0.03
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = None
     glob: str | None = None
     assistant_only: bool = False
     device: str = "auto"
@@ -86,6 +89,12 @@ class Options:
             (0 < self.lr < float("inf"), "--lr", self.lr, "a number above 0"),
             (0 <= self.warmup < float("inf"), "--warmup", self.warmup, "0 or more"),
             (0 <= self.weight_decay < float("inf"), "--weight-decay", self.weight_decay, "0 or more"),
+            (
+                self.max_grad_norm is None or 0 < self.max_grad_norm < float("inf"),
+                "--max-grad-norm",
+                self.max_grad_norm,
+                "a number above 0",
+            ),
             (self.window >= 2, "--window", self.window, "at least 2"),
             (0 <= self.seed < 2**32, "--seed", self.seed, f"0 to {2**32 - 1}"),
             (self.save_every >= 0, "--save-every", self.save_every, "0 (none but at an interrupt) or more"),

@@ -33,6 +33,7 @@ class StepMetrics:
         host_memory: bytes of host memory in planes and buffers.
         seconds: duration of the step.
         eval_loss: in nats per token of the held-out data, after this step; None where it was not taken.
+        grad_norm: of all gradients together before clipping; None without --max-grad-norm.
     """
 
     step: int
@@ -43,6 +44,7 @@ class StepMetrics:
     host_memory: int
     seconds: float
     eval_loss: float | None = None
+    grad_norm: float | None = None
 
 
 @dataclass(frozen=True)

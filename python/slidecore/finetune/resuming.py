@@ -86,6 +86,7 @@ def identity_of(options: Options, steps: int, data: PackedData) -> dict[str, Any
         "the number of warm-up steps": options.warmup_steps(steps),
         "--weight-decay": options.weight_decay,
         "betas": list(options.betas),
+        "--moments": options.moments,
         "--seed": options.seed,
         "--assistant-only": options.assistant_only,
         "--eval-fraction": options.eval_fraction,

@@ -46,7 +46,11 @@ class Training:
         self._warming = {1}  # steps that also make something ready, and say nothing of the speed
         torch.manual_seed(options.seed)
         self.optimizer = slidecore.AdamW(
-            parameter_groups(model, options.weight_decay), lr=options.lr, betas=options.betas
+            parameter_groups(model, options.weight_decay),
+            lr=options.lr,
+            betas=options.betas,
+            max_grad_norm=options.max_grad_norm,
+            skip_nonfinite=options.max_grad_norm is not None,
         )
         self.scheduler = cosine_schedule(self.optimizer, options.warmup_steps(steps), steps)
         model.train()
@@ -90,6 +94,7 @@ class Training:
             host_memory=state.host_memory,
             seconds=seconds,
             eval_loss=self._evaluate(number),
+            grad_norm=float(self.optimizer.grad_norm) if self.optimizer.grad_norm is not None else None,
         )
         self.history.append(metrics)
         return metrics

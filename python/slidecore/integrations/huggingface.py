@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from slidecore.visit import Use
 
 
+def accelerated() -> bool:
+    """Whether an `accelerate.Accelerator` (such as transformers' Trainer makes) is there to run the training.
+
+    It accumulates without announcing it on a single device, and its users clip, or ask for the norm, at every step.
+    """
+    state = sys.modules.get("accelerate.state")
+    return state is not None and bool(state.is_initialized())
+
+
 def pretrained_models(model: nn.Module) -> list[nn.Module]:
     """`model` if it is one of transformers', or else the outermost ones inside of it (PEFT's hold what they adapt)."""
     transformers = sys.modules.get("transformers")

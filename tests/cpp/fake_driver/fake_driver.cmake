@@ -21,7 +21,8 @@ slidecore_fake_driver(fake_hip fake_hip.cpp amdhip64)
 slidecore_fake_driver(fake_hip_incomplete fake_hip.cpp fake_hip_incomplete FAKE_INCOMPLETE)
 
 # These tests look at internal headers too.
-foreach(test device_test fake_driver_test memory_test scheduler_driver_test scheduler_hazards_test)
+foreach(test device_test fake_driver_test memory_test scheduler_deferred_test scheduler_driver_test
+        scheduler_hazards_test)
   if(TARGET ${test})
     target_include_directories(${test} PRIVATE ${SLIDECORE_FAKE_DRIVER_DIR}/../../../csrc)
     add_dependencies(${test} fake_cuda fake_cuda_incomplete fake_hip fake_hip_incomplete)

@@ -61,8 +61,9 @@ def several(optimizer: torch.optim.Optimizer) -> Any:
         ("tied", {"optimizer": {"update": "deferred"}, "schedule": cosine}),
         ("frozen", {"optimizer": {"max_grad_norm": 0.05}, "groups": groups}),
         ("stack", {"optimizer": {"max_grad_norm": 0.1, "skip_nonfinite": True}, "accumulate": 3}),
+        ("frozen", {"moments": "8bit"}),
     ],
-    ids=["stack", "stack-groups", "tied-window-3", "frozen-groups", "untied-budget", "deferred", "clipped", "summed"],
+    ids=["plain", "groups", "tied-window-3", "frozen", "untied-budget", "deferred", "clipped", "summed", "8bit"],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(
     kind: str, options: dict[str, Any], dtype: torch.dtype, offload: Offload, tmp_path: Path

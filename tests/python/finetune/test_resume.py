@@ -232,6 +232,7 @@ def stopped(options: Options, monkeypatch: pytest.MonkeyPatch) -> Options:
         ({"warmup": 3}, "warm-up steps is 3"),
         ({"weight_decay": 0.0}, "--weight-decay is 0.0"),
         ({"seed": 5}, "--seed is 5"),
+        ({"moments": "8bit"}, "--moments is 8bit"),
         ({"sequence_length": 16}, "--sequence-length is 16"),
         ({"eval_fraction": 0.2}, "--eval-fraction is 0.2"),
         ({"compute_dtype": "float32"}, "--compute-dtype is float32"),

@@ -1,0 +1,93 @@
+#pragma once
+// A piece of a transfer: what one request moves, and how it gets on from result to result. Both backends share it, so
+// that they differ in nothing but how requests reach the kernel.
+
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "io/storage_impl.h"
+#include "slidecore/io.h"
+
+namespace slidecore::io {
+
+struct Transfer {
+  Ticket ticket = 0;
+  std::shared_ptr<const Region> region;  // keeps its space from being given to others while requests are under way
+  bool write = false;
+  std::uint64_t bytes = 0;
+  std::size_t pieces_left = 0;
+};
+
+struct Piece {
+  Transfer* transfer = nullptr;
+  std::uint32_t drive = 0;
+  std::uint64_t offset = 0;  // in the drive's file
+  std::size_t bytes = 0;
+  char* memory = nullptr;
+  std::uint64_t region_offset = 0;
+  bool bounced = false;  // goes through a buffer of ours: something is not aligned
+  bool merged = false;   // a write of a part of one block, whose rest must stay: it is read first
+};
+
+// The pieces of [offset, offset + bytes) of a region, none longer than block_bytes.
+std::vector<Piece> split(const Storage::Impl& storage, const Region& region, bool write, std::uint64_t offset,
+                         char* memory, std::size_t bytes, std::size_t block_bytes);
+
+// Page-aligned, made at first use.
+class Bounce {
+ public:
+  explicit Bounce(std::size_t bytes) : bytes_(bytes), data_(nullptr, &std::free) {}
+  char* data();
+
+ private:
+  std::size_t bytes_;
+  std::unique_ptr<char, decltype(&std::free)> data_;
+};
+
+struct Request {
+  bool write;
+  std::uint64_t offset;
+  std::size_t bytes;
+  char* memory;
+};
+
+// The steps of one piece. Not thread-safe; reused from piece to piece.
+class Execution {
+ public:
+  using Clock = std::chrono::steady_clock;
+  enum class Next { request, request_later, done };
+
+  Execution(const Storage::Impl& storage, std::size_t block_bytes, double patience_s);
+  void begin(const Piece& piece);
+  const Piece& piece() const { return piece_; }
+  Request request() const;
+  // `result` is a number of bytes or -errno. Throws Error(io).
+  Next complete(long result);
+  std::chrono::microseconds delay() const { return delay_; }  // before the next request, if that is to come later
+
+  std::uint64_t requests = 0, bounced_bytes = 0, short_transfers = 0, retries = 0;  // since they were last set to 0
+
+ private:
+  [[noreturn]] void fail(const std::string& reason) const;
+  void check_length(std::size_t moved) const;
+  void progress();
+  bool patient() const { return Clock::now() - last_progress_ < patience_; }
+
+  const Storage::Impl& storage_;
+  Bounce bounce_;
+  Clock::duration patience_;
+  Piece piece_;
+  bool writing_ = false;
+  char* memory_ = nullptr;
+  std::uint64_t begin_ = 0;  // aligned
+  std::size_t span_ = 0;     // aligned, what the requests cover
+  std::size_t done_ = 0;     // of it
+  Clock::time_point last_progress_;
+  std::chrono::microseconds delay_{0};
+};
+
+}  // namespace slidecore::io

@@ -1,0 +1,189 @@
+#include "io/work_queue.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "slidecore/status.h"
+
+namespace slidecore::io {
+
+void WorkQueue::throw_if_failed() const {
+  if (failure_ != nullptr) std::rethrow_exception(failure_);
+  if (stopping_) throw Error(Code::state, "the transfers are closed");
+}
+
+void WorkQueue::check_ticket(Ticket ticket) const {
+  if (ticket >= next_ticket_) {
+    throw Error(Code::invalid_argument, "ticket " + std::to_string(ticket) + " was never given");
+  }
+}
+
+Ticket WorkQueue::push(std::unique_ptr<Transfer> transfer, std::vector<Piece> pieces) {
+  const std::lock_guard lock(mutex_);
+  throw_if_failed();
+  if (failing_ != nullptr) return next_ticket_++;  // the error comes with the next call after it has settled
+  const Ticket ticket = next_ticket_;
+  transfer->ticket = ticket;
+  transfer->pieces_left = pieces.size();
+  for (Piece& piece : pieces) {
+    piece.transfer = transfer.get();
+    waiting_[piece.drive].push_back(piece);
+  }
+  transfers_.emplace(ticket, std::move(transfer));
+  ++next_ticket_;
+  work_.notify_all();
+  wake_locked();
+  return ticket;
+}
+
+bool WorkQueue::done(Ticket ticket) {
+  const std::lock_guard lock(mutex_);
+  throw_if_failed();
+  check_ticket(ticket);
+  return failing_ == nullptr && !transfers_.contains(ticket);
+}
+
+void WorkQueue::wait(Ticket ticket) {
+  std::unique_lock lock(mutex_);
+  throw_if_failed();
+  check_ticket(ticket);
+  changed_.wait(
+      lock, [&] { return failure_ != nullptr || stopping_ || (failing_ == nullptr && !transfers_.contains(ticket)); });
+  throw_if_failed();
+}
+
+void WorkQueue::synchronize() {
+  std::unique_lock lock(mutex_);
+  throw_if_failed();
+  const Ticket end = next_ticket_;
+  changed_.wait(lock, [&] {
+    const bool idle = transfers_.empty() || transfers_.begin()->first >= end;
+    return failure_ != nullptr || stopping_ || (failing_ == nullptr && idle);
+  });
+  throw_if_failed();
+}
+
+void WorkQueue::check() {
+  const std::lock_guard lock(mutex_);
+  throw_if_failed();
+}
+
+void WorkQueue::stop() {
+  const std::lock_guard lock(mutex_);
+  stopping_ = true;
+  for (auto& pieces : waiting_) pieces.clear();
+  work_.notify_all();
+  changed_.notify_all();
+  wake_locked();
+}
+
+Transfers::Counters WorkQueue::counters() const {
+  const std::lock_guard lock(mutex_);
+  return counters_;
+}
+
+std::optional<Piece> WorkQueue::next(std::uint32_t drive) {
+  auto& pieces = waiting_[drive];
+  const auto ready = std::find_if(pieces.begin(), pieces.end(), [&](const Piece& piece) {
+    return !piece.merged || !merging_.contains(block_of(piece));
+  });
+  if (ready == pieces.end()) return std::nullopt;
+  Piece piece = *ready;
+  pieces.erase(ready);
+  if (piece.merged) merging_.insert(block_of(piece));
+  ++under_way_;
+  return piece;
+}
+
+std::optional<Piece> WorkQueue::take(std::uint32_t drive) {
+  std::unique_lock lock(mutex_);
+  std::optional<Piece> piece;
+  work_.wait(lock, [&] { return stopping_ || (piece = next(drive)).has_value(); });
+  return piece;
+}
+
+std::optional<Piece> WorkQueue::try_take(std::uint32_t drive) {
+  const std::lock_guard lock(mutex_);
+  return stopping_ ? std::nullopt : next(drive);
+}
+
+void WorkQueue::returned(const Piece& piece) {
+  --under_way_;
+  if (!piece.merged) return;
+  merging_.erase(block_of(piece));
+  work_.notify_all();
+}
+
+void WorkQueue::settle() {
+  if (failing_ == nullptr || under_way_ != 0) return;
+  failure_ = failing_;
+  transfers_.clear();
+  changed_.notify_all();
+}
+
+void WorkQueue::finished(const Piece& piece, Execution& counts) {
+  const std::lock_guard lock(mutex_);
+  returned(piece);
+  counters_.requests += std::exchange(counts.requests, 0);
+  counters_.bounced_bytes += std::exchange(counts.bounced_bytes, 0);
+  counters_.short_transfers += std::exchange(counts.short_transfers, 0);
+  counters_.retries += std::exchange(counts.retries, 0);
+  Transfer& transfer = *piece.transfer;
+  if (--transfer.pieces_left == 0) {
+    (transfer.write ? counters_.writes : counters_.reads) += 1;
+    (transfer.write ? counters_.written_bytes : counters_.read_bytes) += transfer.bytes;
+    transfers_.erase(transfer.ticket);  // and with it the hold on its region, before anyone is told
+    changed_.notify_all();
+  }
+  settle();
+}
+
+void WorkQueue::failed(const Piece& piece, std::exception_ptr error) {
+  const std::lock_guard lock(mutex_);
+  returned(piece);
+  if (failing_ == nullptr) failing_ = std::move(error);
+  for (auto& pieces : waiting_) pieces.clear();
+  settle();
+}
+
+void WorkQueue::broken(std::exception_ptr error) {
+  const std::lock_guard lock(mutex_);
+  under_way_ = 0;
+  if (failing_ == nullptr) failing_ = std::move(error);
+  for (auto& pieces : waiting_) pieces.clear();
+  settle();
+}
+
+bool WorkQueue::stopping() const {
+  const std::lock_guard lock(mutex_);
+  return stopping_;
+}
+
+bool WorkQueue::abandoned() const {
+  const std::lock_guard lock(mutex_);
+  return stopping_ || failing_ != nullptr;
+}
+
+void WorkQueue::set_wake(std::function<void()> wake) {
+  const std::lock_guard lock(mutex_);
+  wake_ = std::move(wake);
+}
+
+void WorkQueue::expect_wake() {
+  const std::lock_guard lock(mutex_);
+  sleeping_ = true;
+}
+
+void WorkQueue::wake() {
+  const std::lock_guard lock(mutex_);
+  wake_locked();
+}
+
+void WorkQueue::wake_locked() {
+  if (!wake_ || !sleeping_) return;
+  sleeping_ = false;
+  wake_();
+}
+
+}  // namespace slidecore::io
