@@ -130,8 +130,7 @@ OPTIONS: list[dict[str, Any]] = [{"window": 3}, {"keep_graphs": 2}, {"window": 1
 COMBINATIONS = [
     # kind, frozen, passes, options, how the norm is clipped
     *((kind, False, passes, {}, way) for kind in KINDS for passes, way in ((1, "option"), (3, "slidecore"))),
-    *(("llama tied", frozen, 1, options, "torch") for frozen in (False, True) for options in OPTIONS),
-    *(("llama tied", frozen, 3, options, "torch") for frozen in (False, True) for options in OPTIONS),
+    *(("llama tied", passes == 1, passes, options, "torch") for passes in (1, 3) for options in OPTIONS),
     *(("stack", True, passes, {}, way) for passes in (1, 3) for way in ("option", "slidecore", "torch")),
 ]  # fmt: skip
 
@@ -157,7 +156,7 @@ def test_training_equals_pytorch(
 
 
 @pytest.mark.parametrize("options", [{"micro_batch": 1}, {"micro_batch": 2, "keep_graphs": 1}], ids=str)
-@pytest.mark.parametrize(("kind", "passes"), [("llama tied", 1), ("llama tied", 3), ("stack", 3)])
+@pytest.mark.parametrize(("kind", "passes"), [("llama tied", 3), ("stack", 1)])
 def test_micro_batches_stay_within_the_spread_of_summation_orders(
     offload: Offload, kind: str, passes: int, options: dict[str, Any]
 ) -> None:
