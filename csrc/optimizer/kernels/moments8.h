@@ -11,7 +11,7 @@ namespace slidecore::kernels::SLIDECORE_KERNEL_SET {
 namespace {
 
 constexpr std::size_t group = moments8_group;
-constexpr std::size_t prefetch_distance = 1024;
+constexpr std::size_t prefetch_distance = 512;
 
 // A group's new moments before they are quantised: the first, and the root of the second.
 struct Fresh {
