@@ -63,10 +63,10 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
     model = build_empty(CONFIGS[arguments.config])
     dtype = getattr(torch, arguments.compute_dtype)
     slidecore.offload(model, device=arguments.device, compute_dtype=dtype, device_memory=arguments.device_memory)
-    for name, value in initial_values(model, arguments.seed, torch.device("cpu")):
+    engine = engine_of(model)
+    for name, value in initial_values(model, arguments.seed, engine.backend.torch_device):
         slidecore.assign_parameter(model, name, value)
     optimizer = slidecore.AdamW(model.parameters(), lr=1e-4)
-    engine = engine_of(model)
     generator = torch.Generator().manual_seed(arguments.seed)
     noise = torch.empty(1 << 20).uniform_(1e-9, 1e-3, generator=generator)
     for chunk in engine.chunks:
@@ -207,6 +207,8 @@ def main() -> None:
     import slidecore
     from slidecore.checkpoints.files import choose_threads, preferred_checksum
 
+    if arguments.dir is not None:
+        arguments.dir.mkdir(parents=True, exist_ok=True)
     log(f"building {arguments.config}")
     model, optimizer = build(arguments)
     threads = choose_threads(arguments.threads)

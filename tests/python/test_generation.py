@@ -155,10 +155,13 @@ def test_training_goes_on_after_generation(offload: Offload, kind: str) -> None:
             optimizer.zero_grad()
             losses.append(loss.item())
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-        for m in (model, plain):
-            m.eval().generation_config.output_router_logits = False
-        for way in ("greedy", "sampling", "beams") if step % 2 else ():
-            assert torch.equal(generate(model, way), generate(plain, way)), way
+        if step % 2:
+            for m in (model, plain):
+                m.eval().config.output_router_logits = False  # which some versions of transformers fail over
+            for way in ("greedy", "sampling", "beams"):
+                assert torch.equal(generate(model, way), generate(plain, way)), way
+            for m in (model, plain):
+                m.config.output_router_logits = kind == "mixtral"
 
 
 def test_evaluation_of_parts(offload: Offload) -> None:
