@@ -41,7 +41,7 @@ _ON_CPU = {
     torch.float32: Size(hidden=192, layers=12, device_memory="16MiB", lr=2e-3),
 }
 # The workspaces of a card's libraries alone would fill the budgets above.
-_ON_CARD = Size(hidden=768, layers=16, device_memory="160MiB", lr=1e-3)
+_ON_CARD = Size(hidden=768, layers=16, device_memory="224MiB", lr=1e-3)
 
 
 def choose_size(device: str, compute_dtype: str = "auto") -> tuple[Size, torch.dtype]:
