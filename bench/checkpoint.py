@@ -70,8 +70,8 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(arguments.seed)
     noise = torch.empty(1 << 20).uniform_(1e-9, 1e-3, generator=generator)
     for chunk in engine.chunks:
-        for name, plane in engine.planes.of(chunk).items():
-            if name not in ("weight", "residual"):
+        with engine.planes.borrowed(chunk, engine.planes.moments, write=True) as planes:
+            for plane in planes.values():
                 for part in plane.split(noise.numel()):
                     part.copy_(noise[: part.numel()])
     return model, optimizer

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from slidecore.errors import UsageError
 from slidecore.gradient_handles import GradientHandle
 from slidecore.gradients import GradientSum
 from slidecore.partition import Chunk, Entry
-from slidecore.planes import Plane
+from slidecore.plane import Plane, entry_view
 from slidecore.updates import Updates
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ class DeferredUpdates(Updates):
                 "bytes a parameter); `with model.no_sync():` announces it"
             )
             self._add_up()
-        for entry in old:
-            self._settle(chunk, entry)
+        self._settle(chunk, [e for e in old if e in self._shown or e in self._factors])
         for entry in entries:
             if entry not in old:
                 self._factors.pop(entry, None)
@@ -117,21 +117,18 @@ class DeferredUpdates(Updates):
     def _plane(self) -> Plane:
         dtype = torch.float32 if self.adds_up else self.engine.compute_dtype
         planes = self.engine.planes
-        if planes.grad is not None and planes.grad.flat.dtype != dtype:
+        if planes.grad is not None and planes.grad.dtype != dtype:
             self.engine.drain()  # updates may still read the plane that goes
-        return planes.gradients(dtype)
+        return planes.gradients(dtype, keep=self._waiting)
 
     def _add_up(self) -> None:
         """Goes over to a float32 plane, with what has come so far."""
         self.adds_up = True
         if self.engine.compute_dtype == torch.float32:
             return
-        before = self.engine.planes.grad
-        after = self._plane()
-        for chunk, waiting in self._waiting.items():
+        self._plane()
+        for waiting in self._waiting.values():
             waiting.ticket = 0
-            if before is not None:
-                after.of(chunk).copy_(before.of(chunk))
 
     def _norms_on_device(self, gradient: GradientSum, entries: Sequence[Entry]) -> dict[Entry, torch.Tensor]:
         flat = gradient.finish()
@@ -161,9 +158,12 @@ class DeferredUpdates(Updates):
         self._apply_factor(chunk, entry)
         if writes or shows:
             self._drop_norm(self._waiting[chunk], entry)
-        if shows:
-            return self._shown.setdefault(entry, self._view(chunk, entry).clone())
-        return self._view(chunk, entry)
+        here = self._plane().present(chunk)
+        with self._gradient(chunk) as part:
+            view = entry_view(part, entry)
+            if shows or (writes and not here):
+                return self._shown.setdefault(entry, view.clone())
+            return view if here else view.clone()
 
     def _place_of(self, handle: GradientHandle) -> tuple[Chunk, Entry]:
         place = self._places.get(handle)
@@ -197,9 +197,14 @@ class DeferredUpdates(Updates):
                 norms = squares.sqrt().to(torch.float32).unbind()
                 waiting.norms |= zip(waiting.summed, norms, strict=True)
                 waiting.summed = []
-            for entry in waiting.entries - waiting.norms.keys() - self._shown.keys():
-                if self._is_alive(entry):
-                    waiting.norms[entry] = torch.linalg.vector_norm(self._view(chunk, entry), dtype=torch.float32)
+            unknown = [e for e in waiting.entries - waiting.norms.keys() - self._shown.keys() if self._is_alive(e)]
+            waiting.norms |= self._norms_of_plane(chunk, unknown)
+
+    def _norms_of_plane(self, chunk: Chunk, entries: Sequence[Entry]) -> dict[Entry, torch.Tensor]:
+        if not entries:
+            return {}
+        with self._gradient(chunk) as part:
+            return {e: torch.linalg.vector_norm(entry_view(part, e), dtype=torch.float32) for e in entries}
 
     def _drop_norm(self, waiting: _Waiting, entry: Entry) -> None:
         """The gradient is about to change."""
@@ -207,27 +212,35 @@ class DeferredUpdates(Updates):
             self._fetch_norms()  # what the sink knows is of before
         waiting.norms.pop(entry, None)
 
-    def _view(self, chunk: Chunk, entry: Entry) -> torch.Tensor:
-        """The entry's part of the plane, when it is there."""
+    @contextlib.contextmanager
+    def _gradient(self, chunk: Chunk, *, write: bool = False) -> Iterator[torch.Tensor]:
+        """The chunk's part of the plane, when the gradient is there."""
         ticket = self._waiting[chunk].ticket
         if ticket:
             self.engine.scheduler.synchronize_ticket(ticket)
         else:
             self.engine.scheduler.wait_updates()
-        return self._plane().view(chunk, entry)
+        self._plane()
+        with self.engine.planes.borrowed(chunk, ("grad",), write=write) as parts:
+            yield parts["grad"]
 
     def _apply_factor(self, chunk: Chunk, entry: Entry) -> None:
         factor = self._factors.pop(entry, 1.0)
         if factor != 1.0:
             self._drop_norm(self._waiting[chunk], entry)
-            self._view(chunk, entry).mul_(factor)
+            with self._gradient(chunk, write=True) as part:
+                entry_view(part, entry).mul_(factor)
 
-    def _settle(self, chunk: Chunk, entry: Entry) -> None:
-        """Makes the plane hold the gradient as the user has left it."""
-        self._apply_factor(chunk, entry)
-        shown = self._shown.pop(entry, None)
-        if shown is not None:
-            self._view(chunk, entry).copy_(shown)
+    def _settle(self, chunk: Chunk, entries: Sequence[Entry]) -> None:
+        """Makes the plane hold the gradients of `entries` as the user has left them."""
+        if not entries:
+            return
+        with self._gradient(chunk, write=True) as part:
+            for entry in entries:
+                self._apply_factor(chunk, entry)
+                shown = self._shown.pop(entry, None)
+                if shown is not None:
+                    entry_view(part, entry).copy_(shown)
 
     # --- at the step
 
@@ -253,16 +266,15 @@ class DeferredUpdates(Updates):
         self, chunk: Chunk, entries: Sequence[Entry], hyper: dict[Entry, _core.AdamWHyper], clip: float
     ) -> None:
         plane = self._plane()
+        self._settle(chunk, [entry for entry in entries if entry in self._shown])
         segments = []
         for entry in entries:
-            if entry in self._shown:
-                self._settle(chunk, entry)
             entry.step += 1
             options = hyper[entry]
             options.step = entry.step
             options.gradient_scale = self._factors.get(entry, 1.0) * clip
             segments.append((entry.offset, entry.numel, options))
-        self._sink().prepare(chunk.index, segments, plane.flat.dtype == torch.float32)
+        self._sink().prepare(chunk.index, segments, plane.dtype == torch.float32)
         nbytes = chunk.trainable_numel * plane.itemsize
         self.engine.scheduler.update(chunk.index, plane.address(chunk), nbytes, self._waiting[chunk].ticket)
 

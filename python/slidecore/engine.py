@@ -23,6 +23,7 @@ from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
 from slidecore.integrations.huggingface import accelerated
 from slidecore.kept import kept_bytes
+from slidecore.parameters import move_into_planes
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Moments, Planes, lay_out
 from slidecore.planner import (
@@ -214,25 +215,16 @@ class Engine:
     # --- set-up
 
     def _fill_planes(self) -> None:
-        """Moves every parameter into its plane, one at a time: the old storage is freed as soon as it is copied."""
+        """Moves every parameter into its plane."""
+
+        def adopt(chunk: Chunk, entry: Entry) -> None:
+            self.entries[id(entry.parameter)] = (chunk, entry)
+            if entry.trainable:
+                hook = entry.parameter.register_post_accumulate_grad_hook(_stray_gradient(entry.name))
+                self._stray_hooks.append(hook)
+
         for chunk in self.chunks:
-            for entry in chunk.entries:
-                parameter = entry.parameter
-                if not parameter.is_meta:
-                    self.planes.write(chunk, entry, parameter.data)
-                view = self.planes.weight.view(chunk, entry)
-                if parameter.is_meta:
-                    replacement = nn.Parameter(view, requires_grad=parameter.requires_grad)
-                    for module, attribute in entry.owners:
-                        module._parameters[attribute] = replacement
-                    entry.parameter = replacement
-                else:
-                    parameter.data = view
-                    parameter.grad = None
-                self.entries[id(entry.parameter)] = (chunk, entry)
-                if entry.trainable:
-                    hook = entry.parameter.register_post_accumulate_grad_hook(_stray_gradient(entry.name))
-                    self._stray_hooks.append(hook)
+            move_into_planes(self.planes, chunk, functools.partial(adopt, chunk))
 
     def _add_chunks_to_sink(self, sink: _core.AdamWSink) -> None:
         planes = self.planes
@@ -247,7 +239,7 @@ class Engine:
                 gradient_float32=not split,
                 **{name: plane.address(chunk) for name, plane in planes.moments.items()},
                 weight=weight if split else 0,
-                residual=planes.residual.address(chunk) if split else 0,
+                residual=planes.residual.address(chunk) if planes.residual is not None else 0,
                 weight32=0 if split else weight,
             )
 
@@ -601,11 +593,13 @@ class Engine:
 
     def forget_moments(self) -> None:
         """For an optimizer that takes over from one that is gone: as in torch.optim, a new one starts from nothing."""
-        for chunk, entry in self.entries.values():
-            if entry.step > 0:
+        for chunk in self.chunks:
+            updated = [entry for entry in chunk.entries if entry.step > 0]
+            if updated:
                 self.scheduler.synchronize()
-                entry.step = 0
-                self.planes.clear_moments(chunk, entry)
+                self.planes.clear_moments(chunk, updated)
+                for entry in updated:
+                    entry.step = 0
 
     def drain(self) -> None:
         """Waits until planes and lanes are at rest; errors of lanes are raised."""

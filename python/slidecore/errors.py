@@ -37,6 +37,10 @@ class UsageError(SlidecoreError, RuntimeError):
     """A call that this mode cannot honour; the message says what to write instead."""
 
 
+class PlaneError(SlidecoreError, RuntimeError):
+    """A part of a plane was used as if it were in memory, and is not: a defect of slidecore."""
+
+
 class CheckpointError(SlidecoreError, RuntimeError):
     """A checkpoint could not be written, or is refused: damaged, incomplete, or of another model.
 

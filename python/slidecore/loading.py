@@ -11,7 +11,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slidecore.errors import InputError, MissingDependencyError
+from slidecore.offloading import engine_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from slidecore.partition import Chunk
 
 logger = logging.getLogger("slidecore")
 
@@ -327,14 +330,21 @@ class Checkpoint:
     def _fill_parameters(self, model: PreTrainedModel, fillings: list[_Filling]) -> None:
         import slidecore
 
+        engine = engine_of(model)
         # A tied parameter has several names; the first is the one that named_parameters gives.
         canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+        # Chunk by chunk: planes that are not in memory then move once.
+        by_chunk: dict[Chunk | None, list[_Filling]] = {}
+        for filling in fillings:
+            if _is_parameter(model, filling.target):
+                place = engine.entries.get(id(model.get_parameter(filling.target)))
+                by_chunk.setdefault(place[0] if place else None, []).append(filling)
         with _OpenFiles() as files:
-            for filling in fillings:
-                if not _is_parameter(model, filling.target):
-                    continue
-                for name, tensor in _convert(filling, model, files.read).items():
-                    slidecore.assign_parameter(model, canonical[id(model.get_parameter(name))], tensor)
+            for chunk, own in by_chunk.items():
+                with engine.planes.borrowed_masters(chunk) if chunk is not None else nullcontext():
+                    for filling in own:
+                        for name, tensor in _convert(filling, model, files.read).items():
+                            slidecore.assign_parameter(model, canonical[id(model.get_parameter(name))], tensor)
 
     def _load_in_memory(self, compute_dtype: torch.dtype, offload_options: dict[str, Any]) -> PreTrainedModel:
         import slidecore

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from slidecore import _core
 from slidecore.engine import Engine, engines
 from slidecore.errors import UsageError
-from slidecore.partition import Entry
+from slidecore.partition import Chunk, Entry
+from slidecore.planes import Planes
 
 
 class AdamW(torch.optim.Optimizer):
@@ -208,20 +209,27 @@ class AdamW(torch.optim.Optimizer):
         bfloat16 weights "residual" (int16), what the float32 master has beyond the weight; once any parameter has been
         updated, those of the groups that have not are there for their residuals. 8-bit moments are their codes (int8,
         uint8), with "exp_avg_scale" and "exp_avg_sq_scale". These are views of the planes, no copies: save them, or
-        clone them, before the next step.
+        clone them, before the next step. Of planes that are not in memory they are copies, which may not fit:
+        `slidecore.save_checkpoint` needs one chunk's at a time.
         """
         engine = self._offloaded()
         engine.drain()
         packed = super().state_dict()
         split = engine.compute_dtype != torch.float32
+        everything = split and engine.has_trained()
         parameters = [p for group in self.param_groups for p in group["params"]]
-        state = {}
+        wanted: dict[Chunk, list[tuple[int, Entry]]] = {}
         for index, parameter in enumerate(parameters):
             chunk, entry = engine.entries[id(parameter)]
-            if entry.trainable and (entry.step > 0 or (split and engine.has_trained())):
-                planes = engine.planes.state_of(chunk, entry)
-                state[index] = {"step": torch.tensor(float(entry.step)), **planes}
-        packed["state"] = state
+            if entry.trainable and (entry.step > 0 or everything):
+                wanted.setdefault(chunk, []).append((index, entry))
+        state = {}
+        for chunk, entries in wanted.items():
+            with engine.planes.borrowed(chunk, engine.planes.state_names(chunk)):
+                for index, entry in entries:
+                    planes = engine.planes.state_of(chunk, entry)
+                    state[index] = {"step": torch.tensor(float(entry.step)), **planes}
+        packed["state"] = dict(sorted(state.items()))
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -237,26 +245,22 @@ class AdamW(torch.optim.Optimizer):
         self._check_groups_of(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         places = [engine.entries[id(p)] for group in self.param_groups for p in group["params"]]
-        found = {place: state_dict["state"].get(index) for place, index in zip(places, saved, strict=True)}
-        for (chunk, entry), state in found.items():
+        found: dict[Chunk, dict[Entry, Any]] = {}
+        for (chunk, entry), index in zip(places, saved, strict=True):
+            state = state_dict["state"].get(index)
             if state:
                 if not entry.trainable:
                     raise ValueError(f"the state has moments of {entry.name}, which is frozen here")
-                _check_state(entry, engine.planes.state_of(chunk, entry), state)
+                forms = engine.planes.views(engine.planes.forms(chunk), entry)
+                forms.pop("weight")
+                _check_state(entry, forms, state)
+            if entry.trainable:
+                found.setdefault(chunk, {})[entry] = state
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:
             group.setdefault("maximize", self.defaults["maximize"])
-        for (chunk, entry), state in found.items():
-            if not entry.trainable:
-                continue
-            # What comes may be views of these very planes, of state_dict(): only what does not come is cleared.
-            entry.step = int(state["step"]) if state else 0
-            if not state:
-                engine.planes.clear_moments(chunk, entry)
-                continue
-            for name, plane in engine.planes.state_of(chunk, entry).items():
-                if name in state:
-                    plane.copy_(state[name])
+        for chunk, states in found.items():
+            _load_chunk(engine.planes, chunk, states)
 
     def _check_groups_of(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["param_groups"]
@@ -273,6 +277,18 @@ class AdamW(torch.optim.Optimizer):
             if group.get("amsgrad") or not group.get("decoupled_weight_decay", True):
                 raise ValueError("the state is of Adam with amsgrad or with coupled weight decay, which AdamW is not")
             _check_options(group)
+
+
+def _load_chunk(planes: Planes, chunk: Chunk, states: Mapping[Entry, Any]) -> None:
+    """Sets the state of these entries of the chunk; where it is none, they have not been updated yet."""
+    with planes.borrowed(chunk, planes.state_names(chunk), write=True) as parts:
+        # What comes may be views of these very planes, of state_dict(): only what does not come is cleared.
+        planes.clear_moments(chunk, [entry for entry, state in states.items() if not state])
+        for entry, state in states.items():
+            entry.step = int(state["step"]) if state else 0
+            for name, view in planes.views(parts, entry).items():
+                if state and name in state:
+                    view.copy_(state[name])
 
 
 def _check_overlap(max_grad_norm: float | None, skip_nonfinite: bool) -> None:

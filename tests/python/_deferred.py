@@ -72,8 +72,8 @@ def everything(model: nn.Module) -> dict[str, torch.Tensor]:
     engine = engine_of(model)
     found = {}
     for chunk in engine.chunks:
-        for kind, plane in engine.planes.of(chunk).items():
-            found[f"{chunk.name}/{kind}"] = plane.clone()
+        with engine.planes.borrowed(chunk) as parts:
+            found |= {f"{chunk.name}/{kind}": part.clone() for kind, part in parts.items()}
     steps = [entry.step for _, entry in engine.entries.values()]
     return {**found, "steps": torch.tensor(steps)}
 

@@ -73,8 +73,8 @@ class Run:
         engine = engine_of(self.model)
         state: State = {f"rates {i}": (g["lr"], g["weight_decay"]) for i, g in enumerate(self.optimizer.param_groups)}
         for chunk in engine.chunks:
-            for name, plane in engine.planes.of(chunk).items():
-                state[f"{chunk.name} {name}"] = plane.clone()
+            with engine.planes.borrowed(chunk) as parts:
+                state |= {f"{chunk.name} {name}": part.clone() for name, part in parts.items()}
             state[f"{chunk.name} steps"] = [entry.step for entry in chunk.entries]
         state |= {f"buffer {name}": buffer.clone() for name, buffer in self.model.named_buffers()}
         state["scheduler"] = self.scheduler.state_dict() if self.scheduler else None

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slidecore.checkpoints.files import FileRecord, FileWriter, Stop, bytes_of
 from slidecore.checkpoints.layout import FileLayout, TensorSpec, lay_out_file
 from slidecore.checkpoints.manifest import planes_file
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
     from slidecore.partition import Chunk, Entry
+    from slidecore.planes import Planes
 
 
-def planes_of(engine: Engine, chunk: Chunk) -> dict[str, torch.Tensor]:
-    """The planes of a chunk that outlast a step, as flat tensors over host memory, by name."""
-    return {name: plane for name, plane in engine.planes.of(chunk).items() if name != "grad"}
+@dataclass(frozen=True)
+class PlanesFile:
+    """The file of a chunk's planes, or of some of them."""
+
+    planes: Planes
+    chunk: Chunk
+    layout: FileLayout
+
+    def write(self, directory: Path, stop: Stop) -> dict[str, FileRecord]:
+        """Writes it, one plane after the other; returns its record by its name."""
+        name = planes_file(self.chunk.index)
+        with FileWriter(directory / name, stop) as file:
+            file.write(self.layout.header)
+            for spec in self.layout.tensors:
+                with self.planes.borrowed(self.chunk, (spec.name,)) as parts:
+                    file.write(bytes_of(parts[spec.name]))
+                    file.flush()
+            return {name: file.finish()}
 
 
 def describe_planes(engine: Engine, chunk: Chunk) -> dict[str, dict[str, Any]]:
     """The dtype and the number of elements of each of a chunk's planes."""
-    return {n: {"dtype": str(t.dtype), "numel": t.numel()} for n, t in planes_of(engine, chunk).items()}
+    return {n: {"dtype": str(t.dtype), "numel": t.numel()} for n, t in engine.planes.forms(chunk).items()}
 
 
 def describe_entries(chunk: Chunk) -> list[dict[str, Any]]:
@@ -70,7 +89,7 @@ def describe_others(layout: FileLayout) -> list[dict[str, Any]]:
 
 def lay_out_planes(engine: Engine, chunk: Chunk, *, whole: bool) -> FileLayout | None:
     """The file of a chunk's planes: all but the weights, and those too if `whole`; None if that leaves none."""
-    tensors = planes_of(engine, chunk)
+    tensors = engine.planes.forms(chunk)
     if not whole:
         tensors.pop("weight", None)
     return layout_of(tensors, {"chunk": chunk.name}) if tensors else None

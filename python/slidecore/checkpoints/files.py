@@ -242,6 +242,23 @@ def read_file(
         CheckpointError: the file cannot be read, has another size, or a piece has another checksum. Parts of the
             pieces before (and of that piece) have been filled.
     """
+    for _ in checked_pieces(path, record, parts, stop, scratch=scratch, keep_cached=keep_cached):
+        pass
+
+
+def checked_pieces(
+    path: Path,
+    record: FileRecord,
+    parts: Iterable[tuple[int, memoryview]] = (),
+    stop: Stop | None = None,
+    *,
+    scratch: memoryview | None = None,
+    keep_cached: bool = False,
+) -> Iterator[tuple[int, list[memoryview]]]:
+    """As `read_file`, giving each piece when it has been checked: its offset, and the buffers it was read into.
+
+    What is not in `parts` is in `scratch`, which the next piece overwrites.
+    """
     stop = stop or Stop()
     new = checksum(record.checksum)
     scratch = scratch if scratch is not None else memoryview(bytearray(min(PIECE, max(1, record.nbytes))))
@@ -269,6 +286,7 @@ def read_file(
                 raise CheckpointError(f"{path} is damaged: bytes {begin} to {end} do not have the checksum they should")
             if not keep_cached:
                 _drop_from_cache(fd, begin, PIECE)
+            yield begin, buffers
     finally:
         with contextlib.suppress(OSError):
             os.close(fd)

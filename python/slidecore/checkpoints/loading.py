@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +10,9 @@ from torch import nn
 
 from slidecore.checkpoints import state as training_state
 from slidecore.checkpoints.checks import check_at_rest, check_usable
-from slidecore.checkpoints.chunks import describe_entries, describe_planes, planes_of
-from slidecore.checkpoints.files import Stop, bytes_of, choose_threads, read_file, run_all
+from slidecore.checkpoints.chunks import describe_entries, describe_planes
+from slidecore.checkpoints.files import Stop, bytes_of, choose_threads
+from slidecore.checkpoints.filling import fill_from, fillings_of_planes, run_largest_first
 from slidecore.checkpoints.manifest import MANIFEST, OTHERS, STATE, Manifest, read_manifest
 from slidecore.checkpoints.weights import other_tensors
 from slidecore.errors import CheckpointError
@@ -21,9 +20,6 @@ from slidecore.offloading import engine_of
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
-
-# What goes where: for every file (offset, memory) of each part.
-_Parts = dict[str, list[tuple[int, memoryview]]]
 
 
 def load_checkpoint(
@@ -74,14 +70,24 @@ def load_checkpoint(
     state = read_state(manifest)
     training_state.check_fits(state, engine, optimizer, scheduler, model)
     if verify:
-        _read(manifest, {}, manifest.files, threads, keep_cached=True)
+        stop = Stop()
+        checks = [fill_from(manifest, name, (), stop, keep_cached=True) for name in manifest.files]
+        run_largest_first(manifest, checks, threads, stop)
 
     engine.drain()
     staged = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in others.items()}
-    parts = _parts_of_planes(manifest, engine)
-    parts[OTHERS] = [(said["offset"], bytes_of(staged[said["name"]])) for said in manifest.body["others"]]
+    stop = Stop()
+    fillings = [
+        *fillings_of_planes(manifest, engine, stop),
+        fill_from(
+            manifest, OTHERS, [(s["offset"], bytes_of(staged[s["name"]])) for s in manifest.body["others"]], stop
+        ),
+    ]
+    if not verify:
+        filled = {name for filling in fillings for name in filling.names}
+        fillings += [fill_from(manifest, name, (), stop) for name in manifest.files if name not in filled]
     try:
-        _read(manifest, parts, parts if verify else manifest.files, threads, keep_cached=False)
+        run_largest_first(manifest, fillings, threads, stop)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error.message}. Parts of the model have been overwritten: build it anew before going on"
@@ -104,35 +110,8 @@ def read_state(manifest: Manifest) -> dict[str, Any]:
     return training_state.decode(manifest.read(STATE), str(manifest.directory / STATE))
 
 
-def _read(manifest: Manifest, parts: _Parts, names: Iterable[str], threads: int, *, keep_cached: bool) -> None:
-    """Reads the files `names`, several at a time, checks them, and fills `parts`."""
-    stop = Stop()
-    order = sorted(names, key=lambda name: -manifest.files[name].nbytes)
-    tasks = [
-        partial(
-            read_file,
-            manifest.directory / name,
-            manifest.files[name],
-            parts.get(name, ()),
-            stop,
-            keep_cached=keep_cached,
-        )
-        for name in order
-    ]
-    run_all(tasks, threads, stop)
-
-
-def _parts_of_planes(manifest: Manifest, engine: Engine) -> _Parts:
-    parts: _Parts = {}
-    for chunk, said in zip(engine.chunks, manifest.body["chunks"], strict=True):
-        planes = planes_of(engine, chunk)
-        for name, offset in said["offsets"].items():
-            parts.setdefault(said["file"], []).append((offset, bytes_of(planes[name])))
-        for entry, kept in zip(chunk.entries, said["entries"], strict=True):
-            if kept["weight"] is not None:
-                file, offset = kept["weight"]
-                parts.setdefault(file, []).append((offset, bytes_of(engine.planes.weight.view(chunk, entry))))
-    return parts
+def _parts_of_others(manifest: Manifest, staged: dict[str, torch.Tensor]) -> list[tuple[int, memoryview]]:
+    return [(said["offset"], bytes_of(staged[said["name"]])) for said in manifest.body["others"]]
 
 
 def _check_model(manifest: Manifest, engine: Engine) -> None:

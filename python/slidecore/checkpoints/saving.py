@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from slidecore.checkpoints import state as training_state
 from slidecore.checkpoints.checks import check_at_rest, check_usable
-from slidecore.checkpoints.chunks import describe_chunks, describe_others, lay_out_planes, layout_of, planes_of
+from slidecore.checkpoints.chunks import PlanesFile, describe_chunks, describe_others, lay_out_planes, layout_of
 from slidecore.checkpoints.directories import (
     check_exchange,
     check_target,
@@ -36,19 +37,27 @@ from slidecore.checkpoints.files import (
     run_all,
     sync_directory,
 )
+from slidecore.checkpoints.held import HeldWeights
 from slidecore.checkpoints.layout import FileLayout
-from slidecore.checkpoints.manifest import FORMAT, MANIFEST, OTHERS, STATE, encode_manifest, planes_file
+from slidecore.checkpoints.manifest import FORMAT, MANIFEST, OTHERS, STATE, encode_manifest
 from slidecore.checkpoints.side_files import write_side_files
-from slidecore.checkpoints.weights import INDEX, WeightFiles, other_tensors, plan_weight_files
+from slidecore.checkpoints.weights import INDEX, Shard, WeightFiles, other_tensors, plan_weight_files
 from slidecore.errors import CheckpointError
 from slidecore.offloading import engine_of
 from slidecore.sizes import parse_size
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
+    from slidecore.partition import Chunk
+    from slidecore.planes import Planes
 
-# By name: how large a file will be, and what writes it into a directory.
-_Writes = dict[str, tuple[int, Callable[[Path], FileRecord]]]
+
+@dataclass(frozen=True)
+class _Write:
+    """Files that one thread writes into a directory one after the other; `run` returns their records by name."""
+
+    nbytes: int
+    run: Callable[[Path], dict[str, FileRecord]]
 
 
 def save_checkpoint(
@@ -114,13 +123,22 @@ def save_checkpoint(
     state = training_state.encode(training_state.collect(model, engine, optimizer, scheduler, extra))
     stop = Stop()
     weights = plan_weight_files(model, engine, limit)
-    writes = _weight_writes(weights, stop)
-    body = _plan_training_state(model, engine, weights, writes, stop)
-    writes[STATE] = len(state), partial(_write_bytes, name=STATE, data=state, stop=stop)
+    others = {name: t.detach().cpu().contiguous() for name, t in other_tensors(model, engine).items()}
+    planes_files = {
+        chunk: PlanesFile(engine.planes, chunk, layout)
+        for chunk in engine.chunks
+        if (layout := lay_out_planes(engine, chunk, whole=chunk in weights.converted)) is not None
+    }
+    body = _describe(model, engine, weights, planes_files, layout_of(others))
+    writes = [
+        *_plan_writes(engine, weights, planes_files, stop),
+        _Write(layout_of(others).nbytes, partial(_write_tensors, name=OTHERS, tensors=others, stop=stop)),
+        _Write(len(state), partial(_write_bytes, name=STATE, data=state, stop=stop)),
+    ]
     body["sequence"] = next_sequence(target.parent)
 
     with staging(target) as temporary:
-        _check_space(temporary, sum(nbytes for nbytes, _ in writes.values()))
+        _check_space(temporary, sum(write.nbytes for write in writes))
         if is_occupied(target):
             check_exchange(temporary)
         files = write_side_files(model, tokenizer, temporary)
@@ -153,52 +171,87 @@ def write_model(
     stop = Stop()
     weights = plan_weight_files(model, engine, parse_size(shard_size, "shard_size"))
     write_side_files(model, tokenizer, directory)
-    _write_all(_weight_writes(weights, stop), directory, choose_threads(threads), stop)
+    _write_all(_plan_writes(engine, weights, {}, stop), directory, choose_threads(threads), stop)
     sync_directory(directory)
 
 
-def _write_all(writes: _Writes, directory: Path, threads: int, stop: Stop) -> dict[str, FileRecord]:
+def _write_all(writes: Sequence[_Write], directory: Path, threads: int, stop: Stop) -> dict[str, FileRecord]:
     # The largest first, so that what is written last, alone, is small.
-    order = sorted(writes, key=lambda name: -writes[name][0])
-    records = run_all([partial(writes[name][1], directory) for name in order], threads, stop)
-    return dict(zip(order, records, strict=True))
+    order = sorted(writes, key=lambda write: -write.nbytes)
+    records = run_all([partial(write.run, directory) for write in order], threads, stop)
+    return {name: record for written in records for name, record in written.items()}
 
 
-def _weight_writes(weights: WeightFiles, stop: Stop) -> _Writes:
-    writes: _Writes = {}
-    converting = threading.Lock()
-    for shard in weights.shards:
-        writes[shard.name] = shard.layout.nbytes, partial(shard.write, stop=stop, converting=converting)
+def _plan_writes(
+    engine: Engine, weights: WeightFiles, planes_files: Mapping[Chunk, PlanesFile], stop: Stop
+) -> list[_Write]:
+    """What writes the weight files and those of the planes."""
+    writes: list[_Write] = []
+    apart = dict(planes_files)
+    if all(engine.planes.weight.present(chunk) for chunk in engine.chunks):
+        converting = threading.Lock()
+        for shard in weights.shards:
+            run = partial(_write_shards, shards=[shard], planes=engine.planes, converting=converting, stop=stop)
+            writes.append(_Write(shard.layout.nbytes, run))
+    else:
+        # One after the other, each chunk's weights once: also for a file of planes that holds them.
+        inside = {chunk: apart.pop(chunk) for chunk in planes_files if chunk in weights.converted}
+        nbytes = sum(shard.layout.nbytes for shard in weights.shards)
+        nbytes += sum(file.layout.nbytes for file in inside.values())
+        writes.append(_Write(nbytes, partial(_stream, weights=weights, inside=inside, planes=engine.planes, stop=stop)))
+    writes += [_Write(file.layout.nbytes, partial(file.write, stop=stop)) for file in apart.values()]
     if weights.index is not None:
         text = json.dumps(weights.index, indent=2, sort_keys=True).encode()
-        writes[INDEX] = len(text), partial(_write_bytes, name=INDEX, data=memoryview(text), stop=stop)
+        writes.append(_Write(len(text), partial(_write_bytes, name=INDEX, data=memoryview(text), stop=stop)))
     return writes
 
 
-def _plan_training_state(
-    model: nn.Module, engine: Engine, weights: WeightFiles, writes: _Writes, stop: Stop
+def _write_shards(
+    directory: Path,
+    *,
+    shards: Sequence[Shard],
+    planes: Planes,
+    converting: threading.Lock,
+    stop: Stop,
+    held: HeldWeights | None = None,
+) -> dict[str, FileRecord]:
+    return {shard.name: shard.write(directory, stop, planes, converting, held) for shard in shards}
+
+
+def _stream(
+    directory: Path, *, weights: WeightFiles, inside: Mapping[Chunk, PlanesFile], planes: Planes, stop: Stop
+) -> dict[str, FileRecord]:
+    """Writes all weight files, and while a chunk's weights are in memory its file of planes if that is `inside`."""
+    records: dict[str, FileRecord] = {}
+
+    def arrived(chunk: Chunk) -> None:
+        if chunk in inside:
+            records.update(inside[chunk].write(directory, stop))
+
+    with HeldWeights(planes, arrived=arrived) as held:
+        lock = threading.Lock()
+        records |= _write_shards(directory, shards=weights.shards, planes=planes, converting=lock, stop=stop, held=held)
+    return records
+
+
+def _describe(
+    model: nn.Module,
+    engine: Engine,
+    weights: WeightFiles,
+    planes_files: Mapping[Chunk, PlanesFile],
+    others: FileLayout,
 ) -> dict[str, Any]:
-    """Adds the files of planes and other tensors to `writes`; returns the manifest's body."""
-    layouts = {chunk: lay_out_planes(engine, chunk, whole=chunk in weights.converted) for chunk in engine.chunks}
-    for chunk, layout in layouts.items():
-        if layout is not None:
-            name, tensors = planes_file(chunk.index), planes_of(engine, chunk)
-            writes[name] = layout.nbytes, partial(_write_tensors, name=name, layout=layout, tensors=tensors, stop=stop)
-    others = {name: t.detach().cpu().contiguous() for name, t in other_tensors(model, engine).items()}
-    layout = layout_of(others)
-    writes[OTHERS] = (
-        layout.nbytes,
-        partial(_write_tensors, name=OTHERS, layout=layout, tensors=others, stop=stop),
-    )
+    """The manifest's body."""
     from slidecore import __version__
 
+    layouts = {chunk: planes_files[chunk].layout if chunk in planes_files else None for chunk in engine.chunks}
     return {
         "format": FORMAT,
         "slidecore": __version__,
         "model": type(model).__name__,
         "compute_dtype": str(engine.compute_dtype).removeprefix("torch."),
         "chunks": describe_chunks(engine, layouts, weights.places()),
-        "others": describe_others(layout),
+        "others": describe_others(others),
     }
 
 
@@ -215,16 +268,17 @@ def _check_space(directory: Path, nbytes: int) -> None:
 
 
 def _write_tensors(
-    directory: Path, *, name: str, layout: FileLayout, tensors: dict[str, torch.Tensor], stop: Stop
-) -> FileRecord:
+    directory: Path, *, name: str, tensors: dict[str, torch.Tensor], stop: Stop
+) -> dict[str, FileRecord]:
+    layout = layout_of(tensors)
     with FileWriter(directory / name, stop) as file:
         file.write(layout.header)
         for spec in layout.tensors:
             file.write(bytes_of(tensors[spec.name]))
-        return file.finish()
+        return {name: file.finish()}
 
 
-def _write_bytes(directory: Path, *, name: str, data: memoryview, stop: Stop) -> FileRecord:
+def _write_bytes(directory: Path, *, name: str, data: memoryview, stop: Stop) -> dict[str, FileRecord]:
     with FileWriter(directory / name, stop) as file:
         file.write(data)
-        return file.finish()
+        return {name: file.finish()}

@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,11 @@ import torch
 from torch import nn
 
 from slidecore.checkpoints.files import FileRecord, FileWriter, Stop, bytes_of
+from slidecore.checkpoints.held import HeldWeights
 from slidecore.checkpoints.layout import FileLayout, TensorSpec, lay_out_file
 from slidecore.errors import CheckpointError
+from slidecore.plane import entry_view
+from slidecore.planes import Planes
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
@@ -34,28 +37,44 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(eq=False)
 class Unit:
-    """Tensors of one shard that are made available together. `entry` is set where they are one entry's plane."""
+    """Tensors of one shard that are made available together: of a chunk's weights, or of what lies in no plane."""
 
     specs: list[TensorSpec]
-    sources: dict[str, torch.Tensor]  # by the model's own names
-    entry: Entry | None = None
+    sources: dict[str, torch.Tensor | Entry]  # by the model's own names; an entry: what `chunk` has of it
+    chunk: Chunk | None
     convert: Any = None  # sources -> tensors by stored name; None: the one source is what is stored
 
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs)
 
+    @property
+    def entry(self) -> Entry | None:
+        """The entry that is stored here as it lies in its plane, if that is what is stored."""
+        (source, *_) = self.sources.values()
+        return source if self.convert is None and not isinstance(source, torch.Tensor) else None
+
     @contextmanager
-    def opened(self, converting: threading.Lock) -> Iterator[dict[str, torch.Tensor]]:
+    def opened(self, planes: Planes, converting: threading.Lock) -> Iterator[dict[str, torch.Tensor]]:
         """The tensors by stored name; of those that need a conversion, one chunk's at a time are in memory."""
-        if self.convert is None:
-            (source,) = self.sources.values()
-            yield {self.specs[0].name: source.detach().cpu().contiguous()}
-            return
-        with converting:
-            converted = self.convert(self.sources)
+        with nullcontext() if self.convert is None else converting, self._sources(planes) as sources:
+            if self.convert is None:
+                (source,) = sources.values()
+                yield {self.specs[0].name: source.detach().cpu().contiguous()}
+                return
+            converted = self.convert(sources)
             yield converted
             converted.clear()  # here, not when the next ones have been made
+
+    @contextmanager
+    def _sources(self, planes: Planes) -> Iterator[dict[str, torch.Tensor]]:
+        with nullcontext({}) if self.chunk is None else planes.borrowed(self.chunk, ("weight",)) as parts:
+            sources = {
+                name: source if isinstance(source, torch.Tensor) else entry_view(parts["weight"], source)
+                for name, source in self.sources.items()
+            }
+            yield sources
+            sources.clear()
 
 
 @dataclass(eq=False)
@@ -66,12 +85,17 @@ class Shard:
     units: list[Unit]
     layout: FileLayout
 
-    def write(self, directory: Path, stop: Stop, converting: threading.Lock) -> FileRecord:
+    def write(
+        self, directory: Path, stop: Stop, planes: Planes, converting: threading.Lock, held: HeldWeights | None = None
+    ) -> FileRecord:
         """Writes the file; other threads may write others at the same time."""
         with FileWriter(directory / self.name, stop) as file:
             file.write(self.layout.header)
             for unit in self.units:
-                with unit.opened(converting) as tensors:
+                if held is not None and unit.chunk is not None and not held.holds(unit.chunk):
+                    file.flush()
+                    held.turn_to(unit.chunk)
+                with unit.opened(planes, converting) as tensors:
                     for spec in unit.specs:
                         tensor = tensors.pop(spec.name)
                         if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
@@ -149,32 +173,26 @@ def plan_weight_files(model: nn.Module, engine: Engine, shard_bytes: int) -> Wei
         ModelError: a buffer has a dtype that safetensors files cannot hold.
     """
     names, aliases = _stored_names(model)
-    planes = engine.planes.weight
-    of_chunk = {c: {names[id(e.parameter)]: planes.view(c, e) for e in c.entries} for c in engine.chunks}
-    entry_of = {names[key]: entry for key, (_, entry) in engine.entries.items()}
-    groups: list[tuple[Chunk | None, dict[str, torch.Tensor]]] = [
-        *of_chunk.items(),
-        (None, other_tensors(model, engine)),
-    ]
+    sources: dict[Chunk | None, dict[str, torch.Tensor | Entry]] = {
+        **{chunk: {names[id(entry.parameter)]: entry for entry in chunk.entries} for chunk in engine.chunks},
+        None: dict(other_tensors(model, engine)),
+    }
+    forms = {chunk: _forms_of(engine, chunk, own) for chunk, own in sources.items()}
 
-    revert = _reverting(model, [sources for _, sources in groups])
+    revert = _reverting(model, list(forms.values()))
     files = WeightFiles([])
     units: list[Unit] = []
-    for chunk, sources in groups:
-        stored = _in_place(sources) if revert is None else revert(_without_storage(sources))
+    for chunk, own in sources.items():
+        stored = _in_place(forms[chunk]) if revert is None else revert(forms[chunk])
+        specs = {
+            name: TensorSpec(name, form.dtype, tuple(form.shape))
+            for name, origin in stored.items()
+            for form in [forms[chunk][origin] if isinstance(origin, str) else origin]
+        }
         if all(isinstance(origin, str) for origin in stored.values()):
-            for name, origin in stored.items():
-                source = sources[str(origin)]
-                spec = TensorSpec(name, source.dtype, tuple(source.shape))
-                units.append(Unit([spec], {str(origin): source}, entry_of.get(str(origin))))
+            units += [Unit([specs[name]], {str(o): own[str(o)]}, chunk) for name, o in stored.items()]
         elif stored:
-            specs = [
-                TensorSpec(name, sources[o].dtype, tuple(sources[o].shape))
-                if isinstance(o, str)
-                else TensorSpec(name, o.dtype, tuple(o.shape))
-                for name, o in stored.items()
-            ]
-            units.append(Unit(specs, sources, convert=_Conversion(model)))
+            units.append(Unit(list(specs.values()), own, chunk, _Conversion(model)))
             if chunk is not None:
                 files.converted.add(chunk)
 
@@ -227,8 +245,17 @@ def _in_place(sources: dict[str, torch.Tensor]) -> _Stored:
     return {name: name for name in sources}
 
 
-def _without_storage(sources: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in sources.items()}
+def _forms_of(engine: Engine, chunk: Chunk | None, sources: dict[str, torch.Tensor | Entry]) -> dict[str, torch.Tensor]:
+    """The sources' dtypes and shapes, as tensors without storage."""
+    weight = None if chunk is None else engine.planes.weight.form(chunk)
+    forms: dict[str, torch.Tensor] = {}
+    for name, source in sources.items():
+        if isinstance(source, torch.Tensor):
+            forms[name] = torch.empty(source.shape, dtype=source.dtype, device="meta")
+        else:
+            assert weight is not None
+            forms[name] = entry_view(weight, source)
+    return forms
 
 
 class _Conversion:
@@ -257,17 +284,16 @@ class _Conversion:
 def _reverting(model: nn.Module, groups: Sequence[dict[str, torch.Tensor]]) -> Any:
     """What names and converts a group's tensors as save_pretrained does; None where they are stored as they are.
 
-    transformers converts a model as a whole. That chunk by chunk gives the same is checked here, over tensors without
+    transformers converts a model as a whole. That chunk by chunk gives the same is checked here, over `groups` without
     storage; where it does not, the tensors keep the form and the names that they have in memory, which from_pretrained
     reads as well.
     """
     if not is_transformers_model(model):
         return None
     conversion = _Conversion(model)
-    empty = [_without_storage(group) for group in groups]
     try:
-        whole = conversion.plan({name: tensor for group in empty for name, tensor in group.items()})
-        apart = {name: stored for group in empty for name, stored in conversion.plan(group).items()}
+        whole = conversion.plan({name: tensor for group in groups for name, tensor in group.items()})
+        apart = {name: stored for group in groups for name, stored in conversion.plan(group).items()}
     except Exception as error:  # conversions are code of each model's own
         logger.warning("weights are saved under the model's own names: transformers' conversion failed (%s)", error)
         return None

@@ -20,6 +20,8 @@ from slidecore.finetune.report import MetricsFile, Progress, Summary, format_sec
 from slidecore.finetune.resuming import Resumption, identity_of
 from slidecore.finetune.training import Training, cosine_schedule, parameter_groups
 from slidecore.loading import Checkpoint
+from slidecore.offloading import engine_of
+from slidecore.parameters import visit_weights
 
 __all__ = [
     "Training",
@@ -221,12 +223,16 @@ class _Run:
 
 def _check_weights(model: Any, steps: int) -> None:
     """The last update is followed by no loss that would show what it did to the weights."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
+
+    def check(name: str, weight: torch.Tensor) -> None:
+        if not bool(torch.isfinite(weight).all()):
             raise TrainingError(
                 f"{name} is no longer finite after step {steps}; no model was written",
                 "Lower --lr, lengthen --warmup, or check the data.",
             )
+
+    slidecore.synchronize(model)
+    visit_weights(model, engine_of(model), check)
 
 
 def _check_packages() -> None:
