@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class PartTransfer(Protocol):
     """Moves a chunk's absent part between its tier and temporary memory.
 
-    `part` is flat, of the plane's dtype and the part's size; its memory is not pinned, begins at a whole page and can
-    be used up to the end of its last one. It must not be kept. A part that was never stored is fetched as zeros. Called
-    by one thread at a time, whichever it is, between steps.
+    `part` is flat, of the plane's dtype and the part's size; its memory begins at a whole page and can be used up to
+    the end of its last one. It must not be kept. A part that was never stored is fetched as zeros. Called by one thread
+    at a time, whichever it is, between steps.
     """
 
     def __call__(self, chunk: Chunk, name: str, part: torch.Tensor, /) -> None: ...
@@ -52,7 +52,9 @@ class Loans:
         planes = [self._planes.plane(name) for name in names]
         parts: dict[str, torch.Tensor] = {}
         with contextlib.ExitStack() as stack:
-            stack.callback(parts.clear)  # or the caller's variable would hold their memory until its next use
+            if not all(plane.present(chunk) for plane in planes):
+                stack.enter_context(self._lock)  # until nothing holds the memory any more
+            stack.callback(parts.clear)  # the caller's variable would hold it until its next use
             for plane in planes:
                 parts[plane.name] = stack.enter_context(self.lent(chunk, plane, write=write, fresh=fresh))
             yield parts
@@ -75,6 +77,13 @@ class Loans:
                     del self._loans[plane, chunk.index]
                     if loan.changed:  # by this borrower, or one inside of it that had no error
                         self._transfer(self._planes.store, "store", chunk, plane, loan.part)
+
+    def fetch(self, chunk: Chunk, plane: Plane, part: torch.Tensor) -> None:
+        """Fetches a part that nobody has borrowed into `part`."""
+        with self._lock:
+            if (plane, chunk.index) in self._loans:
+                raise PlaneError(f"the {plane.name} plane of {chunk.name!r} is borrowed and cannot change its tier")
+            self._transfer(self._planes.fetch, "fetch", chunk, plane, part)
 
     def _open(self, chunk: Chunk, plane: Plane, *, write: bool, fresh: bool) -> _Loan:
         if write and self._planes.store is None:  # found now, not when the changes are made

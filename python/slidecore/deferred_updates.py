@@ -151,19 +151,20 @@ class DeferredUpdates(Updates):
         else:
             self._factors[entry] = self._factors.get(entry, 1.0) * factor
 
-    def tensor(self, handle: GradientHandle, writes: bool = False, shows: bool = False) -> torch.Tensor:
+    @contextlib.contextmanager
+    def tensor(self, handle: GradientHandle, writes: bool = False, shows: bool = False) -> Iterator[torch.Tensor]:
         chunk, entry = self._place_of(handle)
-        if entry in self._shown:
-            return self._shown[entry]
-        self._apply_factor(chunk, entry)
-        if writes or shows:
-            self._drop_norm(self._waiting[chunk], entry)
-        here = self._plane().present(chunk)
-        with self._gradient(chunk) as part:
-            view = entry_view(part, entry)
-            if shows or (writes and not here):
-                return self._shown.setdefault(entry, view.clone())
-            return view if here else view.clone()
+        if entry not in self._shown:
+            self._apply_factor(chunk, entry)
+            if writes or shows:
+                self._drop_norm(self._waiting[chunk], entry)
+            if not shows:
+                with self._gradient(chunk, write=writes) as part:
+                    yield entry_view(part, entry)
+                return
+            with self._gradient(chunk) as part:
+                self._shown[entry] = entry_view(part, entry).clone()
+        yield self._shown[entry]
 
     def _place_of(self, handle: GradientHandle) -> tuple[Chunk, Entry]:
         place = self._places.get(handle)

@@ -23,7 +23,7 @@ from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
 from slidecore.integrations.huggingface import accelerated
 from slidecore.kept import kept_bytes
-from slidecore.parameters import move_into_planes
+from slidecore.parameters import move_into_planes, point_parameters
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Moments, Planes, lay_out
 from slidecore.planner import (
@@ -586,6 +586,13 @@ class Engine:
         self.updates.forget()
 
     # --- what others ask for
+
+    def point_parameters(self, chunk: Chunk) -> None:
+        """Called when the chunk's weights have moved: makes its parameters views of where they are now.
+
+        Where they are not in memory, parameters keep their form, and reading or changing their values is an error.
+        """
+        point_parameters(self.planes, chunk)
 
     def has_trained(self) -> bool:
         """Whether any parameter was updated."""

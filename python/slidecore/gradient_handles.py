@@ -9,6 +9,7 @@ tensor. In `overlap` updates the gradient is gone, and any operation says so.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -33,9 +34,11 @@ class GradientSource(Protocol):
     def scale(self, handle: GradientHandle, factor: float) -> None:
         """Multiplies the gradient, when it is used."""
 
-    def tensor(self, handle: GradientHandle, writes: bool = False, shows: bool = False) -> torch.Tensor:
-        """The gradient itself, with its factor: `writes` if it is about to be changed, `shows` if the user gets a view
-        of it, to read and write whenever they like.
+    def tensor(
+        self, handle: GradientHandle, writes: bool = False, shows: bool = False
+    ) -> AbstractContextManager[torch.Tensor]:
+        """The gradient itself, with its factor, for use inside the context: `writes` if it is about to be changed,
+        `shows` if the user gets a view of it, to read and write whenever they like.
         """
 
 
@@ -72,16 +75,18 @@ class GradientHandle(torch.Tensor):
         written = {id(value) for value in _aliased(func, args, kwargs, writes=True)}
         shown = {id(value) for value in _aliased(func, args, kwargs, writes=False)}
 
-        def real(value: Any) -> Any:
-            if isinstance(value, GradientHandle):
-                if value.source is None:
-                    raise UsageError(CONSUMED)
-                return value.source.tensor(value, id(value) in written, id(value) in shown)
-            if isinstance(value, (list, tuple)):
-                return type(value)(real(item) for item in value)
-            return value
+        with ExitStack() as stack:
 
-        result = func(*(real(a) for a in args), **{k: real(v) for k, v in kwargs.items()})
+            def real(value: Any) -> Any:
+                if isinstance(value, GradientHandle):
+                    if value.source is None:
+                        raise UsageError(CONSUMED)
+                    return stack.enter_context(value.source.tensor(value, id(value) in written, id(value) in shown))
+                if isinstance(value, (list, tuple)):
+                    return type(value)(real(item) for item in value)
+                return value
+
+            result = func(*(real(a) for a in args), **{k: real(v) for k, v in kwargs.items()})
         return first if id(first) in written else result
 
     def numpy(self, *, force: bool = False) -> Any:

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from slidecore import roots
+from slidecore.absent_parameters import check_present
 from slidecore.backend import Backend
 from slidecore.engine import Engine, engines
 from slidecore.errors import ModelError, UsageError
 from slidecore.integrations import huggingface, liger
 from slidecore.integrations.liger import Kernels
 from slidecore.kept import Keep, choose
+from slidecore.parameters import bring_back_weights
 from slidecore.partition import Chunk, Entry
 from slidecore.planes import Moments
 from slidecore.sizes import parse_size
@@ -175,7 +177,12 @@ def _hook(model: nn.Module, engine: Engine) -> None:
                 engine.planes.clear_residual(chunk, entry)
                 engine.scheduler.invalidate(chunk.index)
 
-    def settle(*_: Any) -> None:
+    def settle(module: nn.Module, *_: Any) -> None:
+        check_present(
+            module,
+            "a state dict of all weights may not fit there. slidecore.save_checkpoint(model, optimizer, directory) "
+            "writes one chunk at a time; slidecore.master_parameter(model, name) gives single parameters",
+        )
         engine.drain()
 
     def loading(module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
@@ -184,6 +191,11 @@ def _hook(model: nn.Module, engine: Engine) -> None:
                 "load_state_dict(assign=True) would put other tensors in the place of the planes that the model "
                 "computes with; use assign=False, which copies into them"
             )
+        check_present(
+            module,
+            "load_state_dict cannot copy into it. slidecore.load_checkpoint loads what save_checkpoint has written; "
+            "slidecore.assign_parameter(model, name, value) sets single parameters",
+        )
         engine.drain()
 
     def apply(function: Any, recurse: bool = True) -> nn.Module:
@@ -222,14 +234,18 @@ def close(model: nn.Module) -> None:
 
     Raises:
         UsageError: `model` is not offloaded.
+        Error: weights that were not in memory do not fit there; the model is closed, but those cannot be used.
     """
     engine = engine_of(model)
     if engine.deferred.waiting():
         logger.warning("closing a model whose gradients wait for optimizer.step(): they are dropped")
-    engine.close()
-    for undo in engine.detach:
-        undo()
-    del model.__dict__[_ATTRIBUTE]
+    try:
+        bring_back_weights(engine)
+    finally:
+        engine.close()
+        for undo in engine.detach:
+            undo()
+        del model.__dict__[_ATTRIBUTE]
 
 
 def synchronize(model: nn.Module) -> None:

@@ -1,19 +1,34 @@
-"""What the model's parameters are while it is offloaded: views of the weight plane."""
+"""What the model's parameters are while it is offloaded: views of the weight plane, where that is in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from slidecore.absent_parameters import make_absent, make_present
 from slidecore.plane import entry_view
 from slidecore.planes import Planes
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
     from slidecore.partition import Chunk, Entry
+
+
+def point_parameters(planes: Planes, chunk: Chunk) -> None:
+    """Makes the chunk's parameters views of its weights where these are now; see `AbsentParameter` for nowhere."""
+    for entry in chunk.entries:
+        _point(planes, chunk, entry)
+
+
+def _point(planes: Planes, chunk: Chunk, entry: Entry) -> None:
+    if planes.weight.present(chunk):
+        make_present(entry.parameter, planes.weight.view(chunk, entry))
+    else:
+        make_absent(entry.parameter, entry.name, entry.shape, planes.weight.dtype)
 
 
 def move_into_planes(planes: Planes, chunk: Chunk, adopt: Callable[[Entry], None]) -> None:
@@ -26,20 +41,34 @@ def move_into_planes(planes: Planes, chunk: Chunk, adopt: Callable[[Entry], None
         chunk: whose parameters.
         adopt: called for every entry when its parameter is final.
     """
-    with planes.borrowed_masters(chunk, fresh=True):
+    empty = all(entry.parameter.is_meta for entry in chunk.entries)
+    with nullcontext() if empty else planes.borrowed_masters(chunk, fresh=True):
         for entry in chunk.entries:
             parameter = entry.parameter
-            view = planes.weight.view(chunk, entry)
             if parameter.is_meta:
-                replacement = nn.Parameter(view, requires_grad=parameter.requires_grad)
+                memory = torch.empty(0, dtype=planes.weight.dtype)
+                entry.parameter = nn.Parameter(memory, requires_grad=parameter.requires_grad)
                 for module, attribute in entry.owners:
-                    module._parameters[attribute] = replacement
-                entry.parameter = replacement
+                    module._parameters[attribute] = entry.parameter
             else:
                 planes.write(chunk, entry, parameter.data)
-                parameter.data = view
                 parameter.grad = None
+            _point(planes, chunk, entry)
             adopt(entry)
+
+
+def bring_back_weights(engine: Engine) -> None:
+    """Makes all weights present, and the parameters views of them.
+
+    Raises:
+        Error: there is not enough memory, or a lane has failed.
+    """
+    absent = [chunk for chunk in engine.chunks if not engine.planes.weight.present(chunk)]
+    if absent:
+        engine.drain()
+    for chunk in absent:
+        engine.planes.bring(chunk, "weight")
+        point_parameters(engine.planes, chunk)
 
 
 def visit_weights(model: nn.Module, engine: Engine, visit: Callable[[str, torch.Tensor], None]) -> None:

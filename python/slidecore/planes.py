@@ -196,6 +196,21 @@ class Planes:
         """
         return self._loans.borrowed(chunk, self.names(chunk) if names is None else names, write=write, fresh=fresh)
 
+    def bring(self, chunk: Chunk, name: str) -> None:
+        """Makes an absent part present, with its content. Whoever holds its address or views has to ask for new ones.
+
+        Raises:
+            PlaneError: the part is present, or borrowed by this thread, or nothing was set that could bring it.
+            Error: there is not enough memory.
+        """
+        plane = self.plane(name)
+        part = plane.restore(chunk)
+        try:
+            self._loans.fetch(chunk, plane, part)
+        except BaseException:
+            plane.release(chunk)
+            raise
+
     def borrowed_masters(self, chunk: Chunk, *, fresh: bool = False) -> AbstractContextManager[dict[str, torch.Tensor]]:
         """All parts that `write` changes, borrowed to do so for several entries."""
         names = [name for name in self.names(chunk) if name in ("weight", "residual")]

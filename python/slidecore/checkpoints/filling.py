@@ -87,9 +87,10 @@ def _fill_chunk(
     manifest: Manifest, name: str, planes: Planes, chunk: Chunk, offsets: dict[str, int], stop: Stop
 ) -> None:
     """Fills the planes that the chunk's own file holds, whole."""
+    path, record = manifest.directory / name, manifest.files[name]
     with planes.borrowed(chunk, offsets, write=True, fresh=True) as parts:
-        into = [(offset, bytes_of(parts[plane])) for plane, offset in offsets.items()]
-        read_file(manifest.directory / name, manifest.files[name], into, stop)
+        # No variable holds the parts' memory when other threads may borrow.
+        read_file(path, record, [(offset, bytes_of(parts[plane])) for plane, offset in offsets.items()], stop)
 
 
 def _fill_weights(manifest: Manifest, places: dict[str, list[_Place]], planes: Planes, stop: Stop) -> None:
