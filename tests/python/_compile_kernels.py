@@ -34,8 +34,8 @@ def _adamw(gradient: str, is_split: bool, quantised: bool) -> Made:
         **TABLE, "scalars": "*fp32", "factor": "*fp32",
     }  # fmt: skip
     constants = {
-        "SPLIT": is_split, "QUANTISED": quantised, "HAS_FACTOR": True, "USUAL": quantised, "BLOCK": config.block,
-        "STEPS": config.steps,
+        "SPLIT": is_split, "QUANTISED": quantised, "HAS_FACTOR": True, "USUAL": quantised,
+        "AHEAD": adamw._ahead(config.steps), "BLOCK": config.block, "STEPS": config.steps,
     }  # fmt: skip
     options = {"num_warps": config.warps, "enable_fp_fusion": False}
     name = f"adamw {'split' if is_split else 'whole'} {gradient} {'8-bit' if quantised else 'fp32'}"

@@ -112,8 +112,12 @@ def update(hyper: Hyper, state: dict[str, torch.Tensor], gradient: torch.Tensor)
     )
 
 
-@pytest.mark.parametrize("hyper", [Hyper(lr=1e-3, weight_decay=0.1, step=2), Hyper(lr=0.0, maximize=True)], ids=str)
-def test_each_block_takes_its_path(hyper: Hyper) -> None:
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize(
+    "hyper", [Hyper(lr=1e-3, weight_decay=0.1, step=2), Hyper(lr=0.0, maximize=True), Hyper(lr=1e-3, eps=0.0)],
+    ids=["plain", "maximize", "unusual"],
+)  # fmt: skip
+def test_each_block_takes_its_path(hyper: Hyper, steps: int) -> None:
     """One value of unusual size in each of many blocks, and blocks without one, to the last bit."""
     unusual = [0.0, 1e-14, 1e-17, 1e-20, 1e-25, 1e-38, 1e-45, 1e4, 1e8, 1e13, 1e19, 1e30, float("inf"), float("nan")]
     n = 256 * (len(unusual) + 6)
@@ -134,7 +138,7 @@ def test_each_block_takes_its_path(hyper: Hyper) -> None:
     expected = {name: plane.clone() for name, plane in state.items()}
     update(hyper, expected, gradient)
     mine = {name: plane.to(DEVICE) for name, plane in state.items()}
-    adamw([Segment(0, n, hyper)], gradient=gradient.to(DEVICE), config=tuning.Config(256, 1, 1), **mine)
+    adamw([Segment(0, n, hyper)], gradient=gradient.to(DEVICE), config=tuning.Config(256, steps, 1), **mine)
     for name, plane in expected.items():
         different = (bits_of(mine[name].cpu()) != bits_of(plane)).nonzero()[:, 0]
         assert len(different) == 0, f"{name}: {len(different)} elements, first {different[:5].tolist()}"
@@ -146,14 +150,14 @@ def test_only_usual_blocks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     from slidecore.triton import adamw as module
 
     taken: list[bool] = []
-    original = module._usual_block
+    original = module.usual_step
 
     def watched(*arguments: Any, **options: Any) -> Any:
-        done = original(*arguments, **options)
-        taken.append(bool(done))
-        return done
+        result = original(*arguments, **options)
+        taken.append(bool(result[-1]))
+        return result
 
-    monkeypatch.setattr(module, "_usual_block", watched)
+    monkeypatch.setattr(module, "usual_step", watched)
     n, hyper = 256 * 4, Hyper(lr=1e-3, step=2)
     state = {name: plane.to(DEVICE) for name, plane in planes(n, 12).items()}
     gradient = torch.randn(n, generator=torch.Generator().manual_seed(13)) * 1e-3
