@@ -363,6 +363,46 @@ def verdicts(systems: dict[str, Any]) -> dict[str, list[str]]:
     return met
 
 
+def _draw_streams(axis: Any, streams: dict[str, Any]) -> None:
+    names = list(streams)[::-1]
+    axis.barh(names, [100 * streams[name]["of_copy"] for name in names], color="#3b6ea5")
+    axis.axvline(90, color="#888888", linestyle="--", linewidth=1)
+    for i, name in enumerate(names):
+        faster = streams[name].get("times_faster_than", {})
+        text = f"{streams[name]['gb_per_s']:.0f} GB/s" + (f", {min(faster.values()):.1f}x PyTorch" if faster else "")
+        axis.text(1, i, text, va="center", color="white", fontsize=8)
+    axis.set_xlabel("bytes per second, % of a device-to-device copy")
+    axis.set_title("streaming kernels")
+
+
+SHOWN = [
+    ("slidecore memory, bf16 sums", "#3b6ea5", "-"), ("slidecore memory, float32 sums", "#3b6ea5", "--"),
+    ("slidecore speed, bf16 sums", "#4f9d69", "-"), ("slidecore speed, float32 sums", "#4f9d69", "--"),
+    ("Liger, bf16 sums", "#c0504d", "-"), ("Liger, float32 sums", "#c0504d", "--"),
+    ("torch.compile", "#7f7f7f", "-"), ("eager", "#7f7f7f", "--"),
+]  # fmt: skip
+
+
+def _draw_head(axis: Any, rows: list[dict[str, Any]], field: str, unit: str, vocabulary: int) -> None:
+    """Of the widest hidden states."""
+    width = max(row["hidden"] for row in rows)
+    for name, color, style in SHOWN:
+        points = sorted(
+            (row["tokens"], r["seconds"]["median"] if field == "time" else (r["peak_bytes"] or 0) / 2**30)
+            for row in rows
+            if row["hidden"] == width and "seconds" in (r := row["systems"].get(name, {}))
+        )
+        if points:
+            axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=4, label=name)
+    axis.set_xscale("log", base=2)
+    if any(max(line.get_ydata()) > 0 for line in axis.lines):
+        axis.set_yscale("log")
+    axis.set_xlabel("tokens")
+    axis.set_title(f"linear cross-entropy, {width} x {vocabulary}: {field} ({unit})")
+    if axis.lines:
+        axis.legend(fontsize=7)
+
+
 def draw(document: dict[str, Any], file: str) -> None:
     import matplotlib as mpl
 
@@ -371,42 +411,15 @@ def draw(document: dict[str, Any], file: str) -> None:
 
     streams = {name: r for name, r in document.get("streaming", {}).items() if "of_copy" in r}
     rows = document.get("linear_cross_entropy", [])
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), constrained_layout=True)
-    names = list(streams)[::-1]
-    axes[0].barh(names, [100 * streams[name]["of_copy"] for name in names], color="#3b6ea5")
-    axes[0].axvline(90, color="#888888", linestyle="--", linewidth=1)
-    for i, name in enumerate(names):
-        faster = streams[name].get("times_faster_than", {})
-        text = f"{streams[name]['gb_per_s']:.0f} GB/s" + (f", {min(faster.values()):.1f}x PyTorch" if faster else "")
-        axes[0].text(1, i, text, va="center", color="white", fontsize=8)
-    axes[0].set_xlabel("bytes per second, % of a device-to-device copy")
-    axes[0].set_title("streaming kernels")
-    shown = [
-        ("slidecore memory, bf16 sums", "#3b6ea5", "-"), ("slidecore memory, float32 sums", "#3b6ea5", "--"),
-        ("slidecore speed, bf16 sums", "#4f9d69", "-"), ("slidecore speed, float32 sums", "#4f9d69", "--"),
-        ("Liger, bf16 sums", "#c0504d", "-"), ("Liger, float32 sums", "#c0504d", "--"),
-        ("torch.compile", "#7f7f7f", "-"), ("eager", "#7f7f7f", "--"),
-    ]  # fmt: skip
-    width = max((row["hidden"] for row in rows), default=0)
-    for axis, field, unit in ((axes[1], "time", "s"), (axes[2], "peak memory", "GiB")):
-        for name, color, style in shown:
-            points = sorted(
-                (
-                    row["tokens"],
-                    r["seconds"]["median"] if field == "time" else (r["peak_bytes"] or 0) / 2**30,
-                )
-                for row in rows
-                if row["hidden"] == width and "seconds" in (r := row["systems"].get(name, {}))
-            )
-            if points:
-                axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=4, label=name)
-        axis.set_xscale("log", base=2)
-        if any(max(line.get_ydata()) > 0 for line in axis.lines):
-            axis.set_yscale("log")
-        axis.set_xlabel("tokens")
-        axis.set_title(f"linear cross-entropy, {width} x {document['vocabulary']}: {field} ({unit})")
-        if axis.lines:
-            axis.legend(fontsize=7)
+    panels = (1 if streams else 0) + (2 if rows else 0)
+    if panels == 0:
+        return
+    figure, grid = plt.subplots(1, panels, figsize=(1 + 5 * panels, 5), constrained_layout=True, squeeze=False)
+    axes = list(grid[0])
+    if streams:
+        _draw_streams(axes.pop(0), streams)
+    for axis, field, unit in zip(axes, ("time", "peak memory"), ("s", "GiB"), strict=True) if rows else ():
+        _draw_head(axis, rows, field, unit, document["vocabulary"])
     cards = document["machine"]["cards"]
     figure.suptitle(cards[0]["name"] if cards else "no card: figures mean nothing")
     Path(file).parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <bit>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +17,8 @@
 namespace slidecore::memory {
 namespace {
 
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
+// With larger pages than 4 KiB, aarch64 can map a run of them that is this long as one.
+constexpr std::size_t kSmallestHugePage = std::size_t{2} << 20;
 
 std::size_t page_size() {
   return static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
@@ -57,9 +59,15 @@ std::optional<AvailableMemory> available_memory() {
   return found ? std::optional(available) : std::nullopt;
 }
 
+std::size_t huge_page_size() {
+  std::ifstream file("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size");
+  std::size_t bytes = 0;
+  return file >> bytes && std::has_single_bit(bytes) ? bytes : kSmallestHugePage;
+}
+
 Mapping::Mapping(std::size_t bytes, int node) {
   const std::size_t page = page_size();
-  if (bytes > SIZE_MAX - kHugePage - page) cannot_map(bytes, "the size overflows");
+  if (bytes > SIZE_MAX - huge_page_size() - page) cannot_map(bytes, "the size overflows");
   size_ = (bytes + page - 1) / page * page;
   // With overcommit the kernel grants what it does not have and kills the process at the touch; refuse instead.
   if (const auto available = available_memory(); available && size_ > available->memory + available->swap) {
@@ -88,13 +96,15 @@ void* Mapping::release() {
 
 void Mapping::map() {
   // Kernels before 6.7 do not align large anonymous mappings to huge pages: map more and cut both ends off.
-  const std::size_t slack = size_ >= kHugePage ? kHugePage : 0;
+  const std::size_t huge = huge_page_size();
+  const std::size_t alignment = size_ >= huge ? huge : kSmallestHugePage;
+  const std::size_t slack = size_ >= alignment ? alignment : 0;
   void* mapped = mmap(nullptr, size_ + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) cannot_map(size_, reason(errno));
   data_ = mapped;
   if (slack == 0) return;
   const auto begin = reinterpret_cast<std::uintptr_t>(mapped);
-  const std::uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t aligned = (begin + alignment - 1) / alignment * alignment;
   const std::size_t head = aligned - begin;
   data_ = static_cast<char*>(mapped) + head;
   if (head != 0) unmap(mapped, head);

@@ -30,6 +30,10 @@ class Mapping {
 
 void unmap(void* data, std::size_t size) noexcept;
 
+// Bytes of a transparent huge page: 2 MiB with pages of 4 KiB; 32 or 512 MiB with pages of 16 or 64 KiB, which kernels
+// for aarch64 may be built for.
+std::size_t huge_page_size();
+
 // Writes to every page by several threads, so that the kernel zeroes them in parallel and not at first use.
 // Throws Error(out_of_memory) if the kernel cannot provide the pages.
 void touch(void* data, std::size_t size);

@@ -11,7 +11,7 @@
 namespace slidecore::memory {
 namespace {
 
-constexpr int kPreferred = 1;    // MPOL_PREFERRED of linux/mempolicy.h
+constexpr unsigned long kPreferred = 1;  // MPOL_PREFERRED of linux/mempolicy.h; the kernel takes it as a long
 constexpr int kMaxNodes = 1024;  // the kernel's own limit; it ignores the mask's last bit, which no node reaches
 constexpr int kBitsPerWord = sizeof(unsigned long) * CHAR_BIT;
 

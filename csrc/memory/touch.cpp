@@ -20,8 +20,8 @@
 namespace slidecore::memory {
 namespace {
 
-constexpr std::size_t kBlock = std::size_t{64} << 20;  // a multiple of every huge page size in use for these
-constexpr std::size_t kMaxThreads = 16;                // zeroing is bound by memory bandwidth well before that
+constexpr std::size_t kLeastBlock = std::size_t{64} << 20;
+constexpr std::size_t kMaxThreads = 16;  // zeroing is bound by memory bandwidth well before that
 
 std::size_t usable_threads() {
   cpu_set_t cpus;
@@ -49,13 +49,15 @@ int populate(char* data, std::size_t size) {
 }  // namespace
 
 void touch(void* data, std::size_t size) {
-  const std::size_t blocks = (size + kBlock - 1) / kBlock;
+  // Threads that meet in one huge page would each have the kernel zero one, of which it keeps the first.
+  const std::size_t block_bytes = std::max(kLeastBlock, huge_page_size());
+  const std::size_t blocks = (size + block_bytes - 1) / block_bytes;
   std::atomic<std::size_t> next{0};
   std::atomic<int> failed{0};
   const auto work = [&] {
     for (std::size_t block = next.fetch_add(1); block < blocks && failed.load() == 0; block = next.fetch_add(1)) {
-      const std::size_t begin = block * kBlock;
-      const int code = populate(static_cast<char*>(data) + begin, std::min(kBlock, size - begin));
+      const std::size_t begin = block * block_bytes;
+      const int code = populate(static_cast<char*>(data) + begin, std::min(block_bytes, size - begin));
       if (code != 0) failed.store(code);
     }
   };

@@ -299,6 +299,27 @@ TEST(AdamW, ExtremeGradients) {
   }
 }
 
+// The register that says how floats are computed, and its bits that flush denormal results and operands to zero.
+#if defined(__x86_64__)
+constexpr std::uint64_t flushing = 0x8040;
+std::uint64_t float_control() {
+  return __builtin_ia32_stmxcsr();
+}
+void set_float_control(std::uint64_t value) {
+  __builtin_ia32_ldmxcsr(static_cast<unsigned>(value));
+}
+#elif defined(__aarch64__)
+constexpr std::uint64_t flushing = std::uint64_t{1} << 24;
+std::uint64_t float_control() {
+  std::uint64_t value = 0;
+  asm volatile("mrs %0, fpcr" : "=r"(value));
+  return value;
+}
+void set_float_control(std::uint64_t value) {
+  asm volatile("msr fpcr, %0" : : "r"(value));
+}
+#endif
+
 TEST(AdamW, IgnoresTheCallersFloatEnvironment) {
   ThreadPool pool(2);
   const std::size_t n = 50000;
@@ -314,14 +335,14 @@ TEST(AdamW, IgnoresTheCallersFloatEnvironment) {
   EXPECT_EQ(std::fegetround(), FE_UPWARD);
   std::fesetround(FE_TONEAREST);
   EXPECT_TRUE(expected == rounded);
-#if defined(__x86_64__)
-  const unsigned before = __builtin_ia32_stmxcsr();
-  __builtin_ia32_ldmxcsr(before | 0x8040u);  // flush denormal results and operands to zero
+#if defined(__x86_64__) || defined(__aarch64__)
+  const std::uint64_t before = float_control();
+  set_float_control(before | flushing);
   State flushed(pool, true, GradientType::float32, start);
   flushed.set_gradient(gradient);
   adamw(pool, {}, flushed.planes(), flushed.gradient(), flushed.type, n);
-  EXPECT_EQ(__builtin_ia32_stmxcsr() & 0x8040u, 0x8040u);
-  __builtin_ia32_ldmxcsr(before);
+  EXPECT_EQ(float_control() & flushing, flushing);
+  set_float_control(before);
   EXPECT_TRUE(expected == flushed);
 #endif
 }

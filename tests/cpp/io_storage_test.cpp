@@ -303,6 +303,8 @@ TEST(Storage, LeavesNothingWhereItsConstructionFails) {
 
 TEST(Storage, FallsBackToThePageCacheAndSaysSo) {
   Directories directories(1);
+  const DirectoryFacts facts = inspect_directory(directories.names[0]);
+  if (!facts.direct) GTEST_SKIP() << "no direct transfers to fall back from: " << facts.why_not_direct;
   const auto calls = std::make_shared<HookedCalls>();
   // The first transfer is refused, as file systems do that accept the flag and mean nothing by it.
   int refused = 0;

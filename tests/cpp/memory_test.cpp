@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <random>
 #include <set>
@@ -155,6 +156,22 @@ TEST(Mapping, SaysWhatIsAvailable) {
   const auto available = memory::available_memory();
   ASSERT_TRUE(available.has_value());
   EXPECT_GT(available->memory, std::uint64_t{1} << 20);
+}
+
+// 2 MiB on most machines, 32 or 512 MiB on kernels for aarch64 with larger pages.
+TEST(Mapping, LargeOnesBeginAtAHugePage) {
+  std::ifstream file("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size");
+  std::size_t huge = 0;
+  if (!(file >> huge)) GTEST_SKIP() << "this kernel has no transparent huge pages";
+  EXPECT_EQ(memory::huge_page_size(), huge);
+  const auto available = memory::available_memory();
+  if (!available || available->memory < 2 * huge) GTEST_SKIP() << "too little memory for a huge page of " << huge;
+  for (const std::size_t bytes : {huge, huge + 1}) {
+    const memory::Mapping mapping(bytes, -1);
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(mapping.data()) % huge, 0u) << bytes;
+    EXPECT_EQ(mapping.size(), to_pages(bytes));
+    EXPECT_TRUE(is_present(mapping.data(), bytes)) << bytes;
+  }
 }
 
 TEST(Numa, CountsNodesOfTheKernelsLists) {

@@ -34,7 +34,8 @@ def _adamw(gradient: str, is_split: bool, quantised: bool) -> Made:
         **TABLE, "scalars": "*fp32", "factor": "*fp32",
     }  # fmt: skip
     constants = {
-        "SPLIT": is_split, "QUANTISED": quantised, "HAS_FACTOR": True, "BLOCK": config.block, "STEPS": config.steps,
+        "SPLIT": is_split, "QUANTISED": quantised, "HAS_FACTOR": True, "USUAL": quantised,
+        "AHEAD": adamw._ahead(config.steps), "BLOCK": config.block, "STEPS": config.steps,
     }  # fmt: skip
     options = {"num_warps": config.warps, "enable_fp_fusion": False}
     name = f"adamw {'split' if is_split else 'whole'} {gradient} {'8-bit' if quantised else 'fp32'}"
@@ -104,6 +105,8 @@ def main() -> None:
         }
         for target in arguments.targets:
             backend, arch = target.split(":")
+            if "USUAL" in fixed:  # NVIDIA's instructions
+                fixed["USUAL"] = constants["USUAL"] and backend == "cuda"
             gpu = GPUTarget(backend, int(arch) if arch.isdigit() else arch, WARP.get(target, 32))
             source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
             compiled = triton.compile(source, target=gpu, options=options)

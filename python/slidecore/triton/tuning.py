@@ -43,8 +43,13 @@ class Config:
 
 def path() -> Path:
     """The file of stored choices."""
-    own = os.environ.get("SLIDECORE_CACHE")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slidecore"
+    return _path(*map(os.environ.get, ("SLIDECORE_CACHE", "XDG_CACHE_HOME", "HOME")))
+
+
+@lru_cache(maxsize=8)
+def _path(own: str | None, caches: str | None, _home: str | None) -> Path:
+    """Kept, because making a path takes longer than the rest of a lookup. Path.home() reads HOME."""
+    base = Path(own) if own else Path(caches or Path.home() / ".cache") / "slidecore"
     return base / "kernels.json"
 
 
