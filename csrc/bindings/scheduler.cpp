@@ -190,9 +190,23 @@ void bind_scheduler(py::module_& m) {
       .def(
           "acquire",
           [](const Handle& s, std::uint32_t chunk, int phase, StreamHandle stream) {
-            return address(s.get().acquire(chunk, phase_of(phase), stream));
+            std::uintptr_t slot = 0;
+            {
+              const py::gil_scoped_release release;
+              slot = address(s.get().acquire(chunk, phase_of(phase), stream));
+            }
+            // Ctrl-C while it waited is raised here, not once this has returned: nobody would release the visit then.
+            if (PyErr_CheckSignals() != 0) {
+              const py::error_already_set interrupt;
+              {
+                const py::gil_scoped_release release;
+                s.get().release(chunk, phase_of(phase), stream);
+              }
+              throw interrupt;
+            }
+            return slot;
           },
-          py::arg("chunk"), py::arg("phase"), py::arg("stream"), ReleaseGil())
+          py::arg("chunk"), py::arg("phase"), py::arg("stream"))
       .def(
           "release",
           [](const Handle& s, std::uint32_t chunk, int phase, StreamHandle stream) {

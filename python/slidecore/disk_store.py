@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -96,11 +97,13 @@ class DiskStore:
         if (chunk, name) in self._unwritten:
             memory.zero_()
         else:
-            self.transfers.wait(self.transfers.read(self._parts[chunk, name], 0, memory.data_ptr(), memory.nbytes))
+            with self._settled():
+                self.transfers.wait(self.transfers.read(self._parts[chunk, name], 0, memory.data_ptr(), memory.nbytes))
 
     def write(self, chunk: int, name: str, memory: torch.Tensor) -> None:
         """Writes the whole part."""
-        self.transfers.wait(self.transfers.write(self._parts[chunk, name], 0, memory.data_ptr(), memory.nbytes))
+        with self._settled():
+            self.transfers.wait(self.transfers.write(self._parts[chunk, name], 0, memory.data_ptr(), memory.nbytes))
         self._unwritten.discard((chunk, name))
 
     def write_zeros(self) -> None:
@@ -108,13 +111,24 @@ class DiskStore:
         zeros = torch.zeros(16 << 20, dtype=torch.uint8)
         for key in sorted(self._unwritten):
             region = self._parts[key]
-            tickets = [
-                self.transfers.write(region, at, zeros.data_ptr(), min(zeros.nbytes, len(region) - at))
-                for at in range(0, len(region), zeros.nbytes)
-            ]
-            for ticket in tickets:
-                self.transfers.wait(ticket)
+            with self._settled():
+                tickets = [
+                    self.transfers.write(region, at, zeros.data_ptr(), min(zeros.nbytes, len(region) - at))
+                    for at in range(0, len(region), zeros.nbytes)
+                ]
+                for ticket in tickets:
+                    self.transfers.wait(ticket)
         self._unwritten.clear()
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Memory that transfers use may go after this, also if an interrupt came before they were waited for."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(_core.Error):  # then nothing is in flight either
+                self.transfers.synchronize()
+            raise
 
     def close(self) -> None:
         """Removes the files. Nothing may be in flight."""
