@@ -130,7 +130,11 @@ class DeferredUpdates(Updates):
     def _add_up(self) -> None:
         """Goes over to a float32 plane, with what has come so far."""
         self.adds_up = True
-        self._plane()
+        try:
+            self._plane()
+        except BaseException:
+            self.adds_up = False  # there is no room for it
+            raise
         if self.engine.compute_dtype == torch.float32:
             return
         for waiting in self._waiting.values():

@@ -491,6 +491,7 @@ class Engine:
             )
         if self.state == "backward":
             return
+        self.scheduler.check()  # gradients that nobody takes would be lost, where no visit waits for its weights
         optimizer = self.current_optimizer()
         if optimizer is None and self._trains:
             raise UsageError(
@@ -652,6 +653,9 @@ class Engine:
         for hook in self._stray_hooks:
             hook.remove()
         self.scheduler.close()
+        # Its stages hold the transfers, and these their threads and files, however long this object is referred to.
+        self.sink = None
+        self.saved_inputs.forget_regions()
         self.tiers.close()
         self.backend.drop(self._kept_bytes)
         self._slots.clear()

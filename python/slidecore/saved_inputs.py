@@ -187,7 +187,7 @@ class SavedInputs:
         room = self._tiers.room_for_inputs()
         if room is None:
             return False
-        fits = any(len(buffer) >= nbytes for buffer, _ in self._free) or self.host_bytes + nbytes <= room
+        fits = any(len(buffer) >= nbytes for buffer, _ in self._free) or self.held_bytes() + nbytes <= room
         if fits and before + nbytes > self._expected - room:
             return False
         if self._tiers.store is None:
@@ -219,21 +219,33 @@ class SavedInputs:
     def trim(self, room: int | None) -> None:
         """Frees buffers that nobody uses: those that are too many for `room` bytes, or on disk where that is enough."""
         if room is None or room >= self._expected:
-            self.disk_bytes -= sum(len(region) for region in self._regions)
-            self._regions.clear()
+            self.forget_regions()
         while room is not None and self.host_bytes > room and self._free:
             self._drop(self._free.pop())
+
+    def held_bytes(self) -> int:
+        """Host memory of the inputs that are saved now, without buffers that nobody uses."""
+        return self.host_bytes - sum(len(buffer) for buffer, _ in self._free)
+
+    def forget_regions(self) -> None:
+        """Lets go of regions that nobody uses, which hold the swap files open."""
+        self.disk_bytes -= sum(len(region) for region in self._regions)
+        self._regions.clear()
 
     def take_host(self, nbytes: int) -> _core.HostBuffer:
         """The smallest free buffer that is large enough, or a new one in the place of one that is too small.
 
-        So there are never more buffers than inputs saved at once, whatever lengths the batches have.
+        So there are never more buffers than inputs saved at once, whatever lengths the batches have. More of them go
+        where the budget for host memory has no room otherwise.
         """
         fitting = [i for i, (buffer, _) in enumerate(self._free) if len(buffer) >= nbytes]
         if fitting:
             return self._free.pop(min(fitting, key=lambda i: len(self._free[i][0])))[0]
         if self._free:
             self._drop(self._free.pop(max(range(len(self._free)), key=lambda i: len(self._free[i][0]))))
+        room = self._tiers.room_for_inputs()
+        while room is not None and self.host_bytes + nbytes > room and self._free:
+            self._drop(self._free.pop())
         self.host_bytes += nbytes
         return _core.HostBuffer(self.backend.core, nbytes, True)
 

@@ -25,6 +25,11 @@ class Part:
         """What it takes in memory: whole pages."""
         return -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
 
+    @property
+    def disk_bytes(self) -> int:
+        """What it takes in swap files, which are divided into blocks of a page."""
+        return self.memory_bytes
+
 
 def in_order_of_need(chunks: Sequence[Chunk], parts: Iterable[Part]) -> list[Part]:
     """Parts that may go to disk, what should go first in front.
@@ -45,6 +50,7 @@ def plan_tiers(
     fixed: int,
     disk_memory: int | None,
     has_disk: bool,
+    fixed_on_disk: int = 0,
 ) -> frozenset[Part]:
     """The parts that lie on disk.
 
@@ -55,6 +61,7 @@ def plan_tiers(
         fixed: bytes of host memory that everything else takes.
         disk_memory: bytes that may lie on disk; None: no limit but the drives'.
         has_disk: whether there is a disk at all.
+        fixed_on_disk: bytes that everything else takes there.
 
     Raises:
         BudgetError: what is left in memory, or goes to disk, exceeds its budget; the message has the numbers.
@@ -80,7 +87,7 @@ def plan_tiers(
             f"that can lie there: rings, buffers and what stays in memory take {format_size(in_memory)}. Use "
             f"host_memory of at least {in_memory} bytes, or a smaller piece_bytes"
         )
-    on_disk = sum(part.nbytes for part in down)
+    on_disk = fixed_on_disk + sum(part.disk_bytes for part in down)
     if disk_memory is not None and on_disk > disk_memory:
         raise BudgetError(
             f"disk_memory={format_size(disk_memory)} ({disk_memory} bytes) is too small: with host_memory="

@@ -92,7 +92,7 @@ class Tiers:
         self.store = DiskStore(disk, disk_memory) if disk else None
         if self.store is not None:
             try:
-                self.store.reserve(sum(part.nbytes for part in self.on_disk))
+                self.store.reserve(sum(part.disk_bytes for part in self.on_disk))
                 for part in self._sorted(self.on_disk):
                     self.store.add(part, self._label(part))
             except BaseException:
@@ -205,11 +205,13 @@ class Tiers:
         self._ceiling = max(0, used - (2 * low - available))
         try:
             target = self._plan(self.limit(), self.store.limit)
-        except BudgetError as error:
+            if target == self.on_disk:
+                return
+            self._reserve(target)
+        except (BudgetError, _core.IoError) as error:
+            self.store.transfers.check()  # if these have failed, training cannot go on
             logger.warning("the machine is short of memory (%s left), but: %s", format_size(available), error)
             self._ceiling = used
-            return
-        if target == self.on_disk:
             return
         going = sum(part.nbytes for part in target - self.on_disk)
         logger.warning(
@@ -221,14 +223,15 @@ class Tiers:
         self._move(target)
 
     def _plan(self, host_memory: int | None, disk_memory: int | None) -> frozenset[Part]:
-        inputs = self._engine.saved_inputs.disk_bytes if self._engine is not None else 0
+        inputs = self._engine.saved_inputs if self._engine is not None else None
         return plan_tiers(
             self._chunks,
             self._parts,
             host_memory=host_memory,
-            fixed=self.fixed_bytes(),
-            disk_memory=None if disk_memory is None else disk_memory - inputs,
+            fixed=self.fixed_bytes() + (inputs.held_bytes() if inputs is not None else 0),
+            disk_memory=disk_memory,
             has_disk=self.store is not None,
+            fixed_on_disk=inputs.disk_bytes if inputs is not None else 0,
         )
 
     # --- moves
@@ -243,7 +246,7 @@ class Tiers:
         if not down and not up:
             return
         assert self.store is not None
-        self.store.reserve(self.store.nbytes + sum(part.nbytes for part in down))
+        self._reserve(target)
         planes = engine.planes
         try:
             for part in down:
@@ -264,6 +267,11 @@ class Tiers:
             for index in sorted({part.chunk for part in (*down, *up)}):
                 self._place(self._chunks[index])
         logger.info("%s", self.describe())
+
+    def _reserve(self, target: frozenset[Part]) -> None:
+        """Preallocates for what goes down, before anything moves."""
+        assert self.store is not None
+        self.store.reserve(self.store.nbytes + sum(part.disk_bytes for part in target - self.on_disk))
 
     def _moved(self, part: Part, on_disk: frozenset[Part]) -> None:
         self.on_disk = on_disk

@@ -285,6 +285,120 @@ def test_bad_budgets_and_directories(offload: Offload, tmp_path: Path) -> None:
     del loss
 
 
+def test_the_disk_budget_that_an_error_names_is_enough(offload: Offload, tmp_path: Path) -> None:
+    """Parts take whole blocks of a file, and a budget that is too small for them changes nothing."""
+
+    def build() -> nn.Module:
+        return language_model("llama", layers=5)
+
+    common = {"compute_dtype": torch.bfloat16, **SMALL}
+    least = smallest(build, tmp_path, compute_dtype=torch.bfloat16)
+    with pytest.raises(slidecore.BudgetError, match="have to lie on disk") as error:
+        offload(build(), host_memory=least, disk=tmp_path, disk_memory=1, **common)
+    found = re.search(r"(\d+) bytes \([^)]*\) have to lie on disk", str(error.value))
+    assert found is not None
+    enough = int(found[1])
+    assert enough % 4096 == 0
+    model = offload(build(), disk=tmp_path, **common)
+    with pytest.raises(slidecore.BudgetError, match=f"{enough} bytes .* have to lie on disk"):
+        slidecore.set_budget(model, host_memory=least, disk_memory=enough - 1)
+    assert engine_of(model).tiers.on_disk == frozenset()
+    slidecore.set_budget(model, host_memory=least, disk_memory=enough)
+    assert slidecore.stats(model).disk_memory == enough
+    slidecore.close(model)
+    offload(build(), host_memory=least, disk=tmp_path, disk_memory=enough, **common)
+
+
+def test_inputs_in_use_count_when_a_budget_changes(offload: Offload, tmp_path: Path) -> None:
+    """Between two backward passes to one step, planes go down to make room for what the second one's graph holds."""
+    run = Run(
+        language_model("llama", layers=9), offload, optimizer={"update": "deferred"}, compute_dtype=torch.float32,
+        device_memory=2_300_000, micro_batch=4, disk=tmp_path, **SMALL,
+    )  # fmt: skip
+    first, second = (run.loss(batch) for batch in token_batches(2, batch=8, length=60))
+    first.backward()
+    held = engine_of(run.model).saved_inputs.held_bytes()
+    assert held > 0
+    budget = slidecore.stats(run.model).host_memory
+    slidecore.set_budget(run.model, host_memory=budget - held)
+    assert slidecore.stats(run.model).host_memory <= budget - held
+    second.backward()
+    run.optimizer.step()
+
+
+def test_sums_of_gradients_that_do_not_fit(offload: Offload, tmp_path: Path) -> None:
+    """Where no_sync() is refused for its float32 gradients, training goes on without it."""
+
+    def build() -> nn.Module:
+        return language_model("llama")
+
+    least = smallest(build, tmp_path, compute_dtype=torch.bfloat16)
+    common = {"compute_dtype": torch.bfloat16, "disk": tmp_path, "optimizer": {"update": "deferred"}, **SMALL}
+    sizes = offload(build(), compute_dtype=torch.bfloat16)
+    gradients = engine_of(sizes).planes.gradient_bytes(torch.bfloat16)
+    run = Run(build(), offload, host_memory=least + gradients, **common)
+    batches = token_batches(2)
+    run.train(batches[:1])
+    with pytest.raises(slidecore.BudgetError), run.model.no_sync():  # type: ignore[operator]
+        pass
+    run.train(batches[1:])
+
+
+def test_a_machine_short_of_memory_with_full_drives(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Planes stay where they are, with a warning that says why; training goes on."""
+    run = Run(language_model("llama"), offload, compute_dtype=torch.float32, disk=tmp_path, **SMALL)
+    store = engine_of(run.model).tiers.store
+    assert store is not None
+    monkeypatch.setattr(tiers, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(host_pressure, "low_water", lambda: 300_000)
+    monkeypatch.setattr(host_pressure, "available_memory", lambda: 200_000)
+    reserve = store.reserve
+    monkeypatch.setattr(store, "reserve", lambda nbytes: reserve(nbytes + (1 << 60)))  # more than any drive has
+    with caplog.at_level("WARNING", "slidecore"):
+        run.train(token_batches(1))
+    assert re.search("short of memory.*but: not enough space", caplog.text)
+    assert engine_of(run.model).tiers.on_disk == frozenset()
+
+
+def test_shorter_buffers_make_room_for_longer_inputs(offload: Offload) -> None:
+    """Without a disk: buffers that nobody uses do not count against the inputs that take their place."""
+    options = {
+        "compute_dtype": torch.float32, "device_memory": 2_300_000, "micro_batch": 4, "keep_graphs": 0, **SMALL
+    }  # fmt: skip
+
+    def build() -> nn.Module:
+        return language_model("llama", layers=9)
+
+    fixed = slidecore.stats(offload(build(), **options)).host_memory
+    probe = Run(build(), offload, **options)
+    probe.train(token_batches(1, batch=8, length=60))
+    needed = slidecore.stats(probe.model).saved_inputs_bytes
+    run = Run(build(), offload, host_memory=fixed + needed, **options)
+    run.train(token_batches(1, batch=8, length=59))
+    run.train(token_batches(1, batch=8, length=60))
+    assert slidecore.stats(run.model).host_memory <= fixed + needed
+
+
+def test_close_leaves_no_thread_and_no_file(offload: Offload, tmp_path: Path) -> None:
+    """Also while the optimizer, and whatever else knows the engine, is still there."""
+
+    def threads() -> list[str]:
+        return sorted((task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+    least = smallest(lambda: language_model("llama"), tmp_path)
+    before = [name for name in threads() if name.startswith("slidecore")]
+    run = Run(language_model("llama"), offload, host_memory=least, disk=tmp_path, **SMALL)
+    run.train(token_batches(2))
+    engine = engine_of(run.model)
+    slidecore.close(run.model)
+    assert [name for name in threads() if name.startswith("slidecore")] == before
+    links = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+    assert not [link for link in links if str(tmp_path) in link]
+    assert engine.closed
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
