@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <atomic>
 #include <utility>
 
@@ -32,11 +34,13 @@ HostBuffer::HostBuffer(std::shared_ptr<Device> device, std::size_t bytes, bool p
   // Nothing below throws: from here the destructor is responsible.
   mapped_ = mapping.size();
   data_ = mapping.release();
+  owner_ = getpid();
   count_mapped(mapped_);
 }
 
 HostBuffer::~HostBuffer() {
-  if (data_ == nullptr) return;
+  // A child of fork() has nothing mapped there (MADV_DONTFORK) but what it mapped itself since.
+  if (data_ == nullptr || owner_ != getpid()) return;
   memory::unregister_pieces(*device_, registered_);  // before unmapping: the driver holds the pages
   memory::unmap(data_, mapped_);
   now.fetch_sub(mapped_);

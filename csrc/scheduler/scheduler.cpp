@@ -1,5 +1,7 @@
 #include "slidecore/scheduler.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "scheduler/scheduler_impl.h"
@@ -141,7 +143,11 @@ Scheduler::Scheduler(std::shared_ptr<Device> device, std::vector<ChunkSpec> chun
     : impl_(
           std::make_unique<Impl>(std::move(device), std::move(chunks), std::move(windows), std::move(sink), options)) {}
 
-Scheduler::~Scheduler() = default;
+Scheduler::~Scheduler() {
+  // A forked child has none of the lanes' threads: nothing can be joined, and their mutexes may be held for ever. What
+  // they refer to (device, sink) stays, too.
+  if (impl_ != nullptr && impl_->owner != getpid()) static_cast<void>(impl_.release());
+}
 
 void Scheduler::set_schedule(std::vector<Visit> visits) {
   std::lock_guard lock(impl_->mutex);

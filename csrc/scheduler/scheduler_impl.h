@@ -2,6 +2,8 @@
 // The scheduler's state. One mutex guards all of it; lanes sleep on one condition variable. Driver calls that may
 // block (waiting on the host backend's stream 0, synchronizing) are made without the mutex.
 
+#include <unistd.h>
+
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -188,6 +190,7 @@ struct Scheduler::Impl {
   const std::shared_ptr<Device> device;
   const std::shared_ptr<GradientSink> sink;
   const SchedulerOptions options;
+  const pid_t owner = getpid();
 
   std::mutex mutex;
   std::condition_variable changed;

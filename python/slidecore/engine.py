@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import warnings
 import weakref
 from collections import Counter
@@ -253,6 +254,7 @@ class Engine:
         self._schedules["infer"] = [v for v in self._schedules["train"] if v[1] == FORWARD]
         self._schedules["accumulate"] = _without_updates(self._schedules["train"])
         self.detach: list[Callable[[], object]] = []  # undoes what was hooked into the model
+        self._process = os.getpid()
         self.closed = False
 
     # --- set-up
@@ -300,6 +302,11 @@ class Engine:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.refuse_copy()
+
+    def __del__(self) -> None:
+        # Before anything that this object holds goes: lanes write to planes and slots.
+        if not getattr(self, "closed", True) and os.getpid() == self._process:
+            self.scheduler.close()
 
     def refuse_copy(self, protocol: Any = None) -> NoReturn:
         """Stands for `__reduce_ex__` of the offloaded modules: a copy would go on to compute with the original."""
@@ -644,10 +651,15 @@ class Engine:
         self.gradient_buffers.drain(self.scheduler)
 
     def close(self) -> None:
-        """Waits for updates, restores the modules' own forward and ends the lanes. Weights stay in host memory."""
+        """Waits for updates, restores the modules' own forward and ends the lanes. Weights stay in host memory.
+
+        In a child of fork(), which has neither lanes nor planes, it does nothing.
+        """
         if self.closed:
             return
         self.closed = True
+        if os.getpid() != self._process:
+            return
         self.updates.forget()
         self.unwrap()
         for hook in self._stray_hooks:

@@ -399,6 +399,37 @@ def test_close_leaves_no_thread_and_no_file(offload: Offload, tmp_path: Path) ->
     assert engine.closed
 
 
+FORKED = """
+import gc, os, sys
+sys.path.insert(0, sys.argv[2])
+import slidecore
+from _models import language_model
+model = slidecore.offload(
+    language_model("llama"), device="cpu", disk=sys.argv[1], host_memory=int(sys.argv[3]), piece_bytes=4096,
+    ring_pieces=4,
+)
+if os.fork() == 0:
+    if sys.argv[4] == "collects":
+        del model
+        gc.collect()
+        os._exit(0)
+    sys.exit(0)  # and so calls what is registered for the exit
+assert os.wait()[1] == 0, "the child did not end well"
+assert len(os.listdir(sys.argv[1])) == 2, "the child has removed files"
+slidecore.close(model)
+assert not os.listdir(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("child", ["exits", "collects"])
+def test_a_forked_child_leaves_lanes_and_files_alone(tmp_path: Path, child: str) -> None:
+    swap = tmp_path / "swap"
+    swap.mkdir()
+    least = smallest(lambda: language_model("llama"), swap)
+    arguments = [str(swap), str(Path(__file__).parent), str(least), child]
+    subprocess.run([sys.executable, "-c", FORKED, *arguments], check=True, timeout=60)
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])

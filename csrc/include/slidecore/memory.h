@@ -1,6 +1,8 @@
 #pragma once
 // Host memory: exact-size planes and the pinned ring that gradients land in.
 
+#include <sys/types.h>
+
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -36,6 +38,7 @@ class HostBuffer {
 
  private:
   std::shared_ptr<Device> device_;
+  pid_t owner_ = 0;  // the process that mapped it
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
   std::size_t mapped_ = 0;

@@ -29,7 +29,8 @@
 // earlier updates and visits: the order is that of the calls, so there is no cycle.
 //
 // All methods are thread-safe. An error on a lane stops all lanes and is thrown by the next call (and by every
-// later one). The destructor stops and joins every thread; it drops queued work, so call synchronize() first.
+// later one). The destructor stops and joins every thread; it drops queued work, so call synchronize() first. In a
+// child of fork(), which must not use it otherwise, it does nothing.
 
 #include <cstddef>
 #include <cstdint>
