@@ -120,6 +120,8 @@ class DeferredUpdates(Updates):
         if planes.grad is not None and planes.grad.dtype == dtype:
             return planes.grad
         self.engine.drain()  # updates may still read the plane that goes
+        if not self._waiting:
+            planes.grad = None  # nothing in it is needed: room for both would keep other planes on disk
         before = planes.grad.nbytes if planes.grad is not None else 0
         after = planes.gradient_bytes(dtype)
         self.engine.tiers.make_room(before + after)

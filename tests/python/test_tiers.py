@@ -344,6 +344,20 @@ def test_sums_of_gradients_that_do_not_fit(offload: Offload, tmp_path: Path) -> 
     run.train(batches[1:])
 
 
+def test_float32_gradients_do_not_keep_room_for_those_before(offload: Offload, tmp_path: Path) -> None:
+    """Where no_sync() widens an empty `grad` plane, no more goes to disk than the wide one needs."""
+
+    def build() -> nn.Module:
+        return language_model("llama")
+
+    least = smallest(build, tmp_path, compute_dtype=torch.bfloat16)
+    wide = engine_of(offload(build(), compute_dtype=torch.bfloat16)).planes.gradient_bytes(torch.float32)
+    budget = {"compute_dtype": torch.bfloat16, "disk": tmp_path, "host_memory": least + wide, **SMALL}
+    run = Run(build(), offload, optimizer={"update": "deferred"}, accumulate=2, **budget)
+    run.train(token_batches(1))
+    assert slidecore.stats(run.model).host_memory <= least + wide
+
+
 def test_a_machine_short_of_memory_with_full_drives(
     offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
