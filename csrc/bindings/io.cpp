@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bindings.h"
+#include "io_handles.h"
 #include "slidecore/status.h"
 
 namespace slidecore::bindings {
@@ -30,27 +31,6 @@ class AtExit {
   std::mutex mutex_;
   std::vector<std::weak_ptr<Storage>> storages_;
 };
-
-// close() ends what a Python object may outlive. It must not run beside other calls of the same object: that is for its
-// one owner to see to, as with any close().
-template <class T>
-class Handle {
- public:
-  Handle(const char* what, std::shared_ptr<T> held) : what_(what), held_(std::move(held)) {}
-  T& get() const { return *shared(); }
-  const std::shared_ptr<T>& shared() const {
-    if (held_ == nullptr) throw Error(Code::state, std::string(what_) + " is closed");
-    return held_;
-  }
-  void close() { held_.reset(); }
-
- private:
-  const char* what_;
-  std::shared_ptr<T> held_;
-};
-using StorageHandle = Handle<Storage>;
-using TransfersHandle = Handle<Transfers>;
-using RegionPointer = std::shared_ptr<Region>;
 
 py::dict counters_of(const Transfers& transfers) {
   const Transfers::Counters c = transfers.counters();

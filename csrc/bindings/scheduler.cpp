@@ -1,8 +1,11 @@
 #include "slidecore/scheduler.h"
 
+#include <map>
 #include <tuple>
+#include <type_traits>
 
 #include "bindings.h"
+#include "io_handles.h"
 #include "slidecore/adamw_sink.h"
 #include "slidecore/status.h"
 
@@ -33,12 +36,14 @@ class Handle {
 };
 
 using ChunkTuple = std::tuple<std::string, std::uintptr_t, std::size_t, std::uint32_t>;
+using RegionsByName = std::map<std::string, RegionPointer>;
 using WindowTuple = std::pair<std::vector<std::uintptr_t>, std::size_t>;
 using VisitTuple = std::tuple<std::uint32_t, int, bool, bool>;
 
 std::unique_ptr<Handle> make_scheduler(std::shared_ptr<Device> device, const std::vector<ChunkTuple>& chunks,
                                        const std::vector<WindowTuple>& windows, std::shared_ptr<AdamWSink> sink,
-                                       std::size_t piece_bytes, std::size_t ring_pieces, std::size_t trace_spans) {
+                                       std::size_t piece_bytes, std::size_t ring_pieces, std::size_t trace_spans,
+                                       const TransfersHandle* transfers, std::size_t disk_pieces) {
   std::vector<ChunkSpec> chunk_specs;
   for (const auto& [name, weight, bytes, window] : chunks) {
     chunk_specs.push_back({name, pointer<const void>(weight), bytes, window});
@@ -49,9 +54,11 @@ std::unique_ptr<Handle> make_scheduler(std::shared_ptr<Device> device, const std
     for (const std::uintptr_t slot : slots) spec.slots.push_back(pointer<void>(slot));
     window_specs.push_back(std::move(spec));
   }
+  SchedulerOptions options{piece_bytes, ring_pieces, trace_spans};
+  if (transfers != nullptr) options.transfers = transfers->shared();
+  options.disk_pieces = disk_pieces;
   return std::make_unique<Handle>(std::make_unique<Scheduler>(std::move(device), std::move(chunk_specs),
-                                                              std::move(window_specs), std::move(sink),
-                                                              SchedulerOptions{piece_bytes, ring_pieces, trace_spans}));
+                                                              std::move(window_specs), std::move(sink), options));
 }
 
 Phase phase_of(int phase) {
@@ -84,25 +91,43 @@ GradientType gradient_type(bool float32) {
   return float32 ? GradientType::float32 : GradientType::bfloat16;
 }
 
+// Planes by name, as AdamWSink's add_chunk() has them: moments that come with scales are 8-bit codes.
+void place(AdamWSink& sink, std::uint32_t chunk, const std::map<std::string, std::uintptr_t>& memory,
+           const RegionsByName& disk) {
+  AdamWPlanes planes;
+  AdamWRegions regions;
+  std::size_t known = 0;
+  const auto take = [&](const char* name, auto& plane, auto& region) {
+    if (const auto found = memory.find(name); found != memory.end()) {
+      plane = pointer<std::remove_pointer_t<std::remove_reference_t<decltype(plane)>>>(found->second);
+      ++known;
+    }
+    if (const auto found = disk.find(name); found != disk.end()) {
+      region = found->second;
+      ++known;
+    }
+  };
+  take("weight", planes.weight, regions.weight);
+  take("residual", planes.residual, regions.residual);
+  take("weight32", planes.weight32, regions.weight32);
+  if (memory.contains("exp_avg_scale") || disk.contains("exp_avg_scale")) {
+    take("exp_avg", planes.exp_avg8, regions.exp_avg8);
+    take("exp_avg_sq", planes.exp_avg_sq8, regions.exp_avg_sq8);
+  } else {
+    take("exp_avg", planes.exp_avg, regions.exp_avg);
+    take("exp_avg_sq", planes.exp_avg_sq, regions.exp_avg_sq);
+  }
+  take("exp_avg_scale", planes.exp_avg_scale, regions.exp_avg_scale);
+  take("exp_avg_sq_scale", planes.exp_avg_sq_scale, regions.exp_avg_sq_scale);
+  if (known != memory.size() + disk.size()) throw Error(Code::invalid_argument, "there is no plane of that name");
+  sink.place(chunk, planes, regions);
+}
+
 void bind_sink(py::module_& m) {
   using Segment = std::tuple<std::size_t, std::size_t, AdamWHyper>;
   using SumSegment = std::tuple<std::size_t, std::size_t, bool>;
   py::class_<AdamWSink, std::shared_ptr<AdamWSink>>(m, "AdamWSink")
       .def(py::init<std::shared_ptr<ThreadPool>>(), py::arg("pool"))
-      .def(
-          "add_chunk",
-          [](AdamWSink& sink, std::size_t n, bool gradient_float32, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
-             std::uintptr_t weight, std::uintptr_t residual, std::uintptr_t weight32, std::uintptr_t exp_avg_scale,
-             std::uintptr_t exp_avg_sq_scale) {
-            // A chunk whose parameters are all frozen keeps its index but has nothing to update.
-            const AdamWPlanes planes =
-                n == 0 ? AdamWPlanes{}
-                       : make_planes(weight, residual, weight32, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale);
-            return sink.add_chunk(planes, n, gradient_type(gradient_float32));
-          },
-          py::kw_only(), py::arg("n"), py::arg("gradient_float32"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
-          py::arg("weight") = 0, py::arg("residual") = 0, py::arg("weight32") = 0, py::arg("exp_avg_scale") = 0,
-          py::arg("exp_avg_sq_scale") = 0)
       .def(
           "prepare",
           [](AdamWSink& sink, std::uint32_t chunk, const std::vector<Segment>& segments, bool gradient_float32) {
@@ -120,6 +145,21 @@ void bind_sink(py::module_& m) {
             sink.prepare_sum(chunk, table, pointer<float>(sum), gradient_type(gradient_float32));
           },
           py::arg("chunk"), py::arg("segments"), py::arg("sum"), py::arg("gradient_float32"))
+      .def(
+          "add_chunk",
+          [](AdamWSink& sink, std::size_t n, bool gradient_float32) {
+            return sink.add_chunk(n, gradient_type(gradient_float32));
+          },
+          py::kw_only(), py::arg("n"), py::arg("gradient_float32"))
+      .def(
+          "use_disk",
+          [](AdamWSink& sink, const TransfersHandle& transfers, std::shared_ptr<Device> device, std::size_t stages,
+             std::size_t stage_elements) {
+            sink.use_disk(transfers.shared(), std::move(device), stages, stage_elements);
+          },
+          py::arg("transfers"), py::arg("device"), py::kw_only(), py::arg("stages"), py::arg("stage_elements"))
+      .def("place", &place, py::arg("chunk"), py::kw_only(), py::arg("memory"), py::arg("disk"))
+      .def_property_readonly("staging_bytes", &AdamWSink::staging_bytes)
       .def("squares", &AdamWSink::squares, py::arg("chunk"))
       .def("discard", &AdamWSink::discard, py::arg("chunk"));
 }
@@ -135,7 +175,8 @@ void bind_scheduler(py::module_& m) {
   scheduler
       .def(py::init(&make_scheduler), py::arg("device"), py::arg("chunks"), py::arg("windows"), py::arg("sink"),
            py::arg("piece_bytes") = defaults.piece_bytes, py::arg("ring_pieces") = defaults.ring_pieces,
-           py::arg("trace_spans") = defaults.trace_spans)
+           py::arg("trace_spans") = defaults.trace_spans, py::arg("transfers") = nullptr,
+           py::arg("disk_pieces") = defaults.disk_pieces)
       .def(
           "set_schedule",
           [](const Handle& s, const std::vector<VisitTuple>& visits) {
@@ -199,6 +240,20 @@ void bind_scheduler(py::module_& m) {
           py::arg("chunk"), py::arg("device"), py::arg("host"), py::arg("nbytes"), py::arg("stream"),
           py::arg("after") = 0, ReleaseGil())
       .def(
+          "save_input_to_disk",
+          [](const Handle& s, std::int32_t chunk, const RegionPointer& on_disk, std::uintptr_t device,
+             std::size_t bytes, StreamHandle stream) {
+            return s.get().save_input(chunk, on_disk, pointer<const void>(device), bytes, stream);
+          },
+          py::arg("chunk"), py::arg("on_disk"), py::arg("device"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+      .def(
+          "fetch_input_from_disk",
+          [](const Handle& s, std::int32_t chunk, std::uintptr_t device, const RegionPointer& on_disk,
+             std::size_t bytes, StreamHandle stream,
+             Ticket after) { return s.get().fetch_input(chunk, pointer<void>(device), on_disk, bytes, stream, after); },
+          py::arg("chunk"), py::arg("device"), py::arg("on_disk"), py::arg("nbytes"), py::arg("stream"),
+          py::arg("after") = 0, ReleaseGil())
+      .def(
           "done", [](const Handle& s, Ticket t) { return s.get().done(t); }, py::arg("ticket"), ReleaseGil())
       .def(
           "wait", [](const Handle& s, Ticket t, StreamHandle stream) { s.get().wait(t, stream); }, py::arg("ticket"),
@@ -206,6 +261,12 @@ void bind_scheduler(py::module_& m) {
       .def(
           "synchronize_ticket", [](const Handle& s, Ticket t) { s.get().synchronize_ticket(t); }, py::arg("ticket"),
           ReleaseGil())
+      .def(
+          "place_weight",
+          [](const Handle& s, std::uint32_t chunk, std::uintptr_t weight, const RegionPointer& on_disk) {
+            s.get().place_weight(chunk, pointer<const void>(weight), on_disk);
+          },
+          py::arg("chunk"), py::arg("weight"), py::arg("on_disk") = nullptr)
       .def(
           "invalidate", [](const Handle& s, std::uint32_t chunk) { s.get().invalidate(chunk); }, py::arg("chunk"))
       .def(

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,7 @@ struct Transfer {
   bool write = false;
   std::uint64_t bytes = 0;
   std::size_t pieces_left = 0;
+  std::optional<std::chrono::steady_clock::time_point> began;  // set while somebody observes
 };
 
 struct Piece {

@@ -174,6 +174,10 @@ void Transfers::unregister_memory(void* memory) {
   impl_->backend->unregister_memory(memory);
 }
 
+void Transfers::observe(std::function<void(const TransferSpan&)> observer) {
+  impl_->queue.observe(std::move(observer));
+}
+
 const char* Transfers::backend() const {
   return impl_->name;
 }

@@ -91,6 +91,7 @@ std::optional<Piece> WorkQueue::next(std::uint32_t drive) {
   if (ready == pieces.end()) return std::nullopt;
   Piece piece = *ready;
   pieces.erase(ready);
+  if (observer_ && !piece.transfer->began) piece.transfer->began = std::chrono::steady_clock::now();
   if (piece.merged) merging_.insert(block_of(piece));
   ++under_way_;
   return piece;
@@ -133,6 +134,9 @@ void WorkQueue::finished(const Piece& piece, Execution& counts) {
   if (--transfer.pieces_left == 0) {
     (transfer.write ? counters_.writes : counters_.reads) += 1;
     (transfer.write ? counters_.written_bytes : counters_.read_bytes) += transfer.bytes;
+    if (observer_ && transfer.began) {
+      observer_({transfer.write, transfer.bytes, *transfer.began, std::chrono::steady_clock::now()});
+    }
     transfers_.erase(transfer.ticket);  // and with it the hold on its region, before anyone is told
     changed_.notify_all();
   }
@@ -153,6 +157,11 @@ void WorkQueue::broken(std::exception_ptr error) {
   if (failing_ == nullptr) failing_ = std::move(error);
   for (auto& pieces : waiting_) pieces.clear();
   settle();
+}
+
+void WorkQueue::observe(std::function<void(const TransferSpan&)> observer) {
+  const std::lock_guard lock(mutex_);
+  observer_ = std::move(observer);
 }
 
 bool WorkQueue::stopping() const {

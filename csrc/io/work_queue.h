@@ -38,6 +38,7 @@ class WorkQueue {
   void finished(const Piece& piece, Execution& counts);
   void failed(const Piece& piece, std::exception_ptr error);
   void broken(std::exception_ptr error);  // the backend itself; pieces that it has taken are counted as returned
+  void observe(std::function<void(const TransferSpan&)> observer);
   bool stopping() const;
   bool abandoned() const;  // stopping or failing: what is not in the kernel's hands may be given up
   // `wake` is called, once after each expect_wake(), when work has come or ended since then. A backend that looks for
@@ -68,6 +69,7 @@ class WorkQueue {
   std::size_t under_way_ = 0;
   Transfers::Counters counters_{};
   std::function<void()> wake_;
+  std::function<void(const TransferSpan&)> observer_;
   bool sleeping_ = false;
   bool stopping_ = false;
   std::exception_ptr failing_, failure_;  // the second is the first, once nothing is under way

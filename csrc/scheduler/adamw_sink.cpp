@@ -11,6 +11,8 @@
 #include "optimizer/float_environment.h"
 #include "optimizer/instruction_set.h"
 #include "optimizer/moments8.h"
+#include "scheduler/disk_planes.h"
+#include "scheduler/staging.h"
 #include "slidecore/status.h"
 
 namespace slidecore {
@@ -42,16 +44,22 @@ struct Job {
 
 struct Chunk {
   AdamWPlanes planes;
+  AdamWRegions regions;
   std::size_t n;
   GradientType type;
   std::deque<Job> prepared;                    // guarded by the mutex
   std::optional<std::vector<double>> squares;  // of the last sum's segments; guarded by the mutex
   Job active;                                  // the update lane's own between begin() and end()
-  bool begun = false;                          // the update lane's own
+  bool begun = false;                          // written by the update lane alone, with the mutex
 };
 
 std::string label(std::uint32_t chunk) {
   return "AdamWSink: chunk " + std::to_string(chunk);
+}
+
+// Elements that an update cannot separate, wherever the planes lie.
+std::size_t group_of(const Chunk& chunk) {
+  return chunk.regions.exp_avg_scale != nullptr ? moments_group : indivisible(chunk.planes);
 }
 
 // All but step, which only enters through the scalars: equal scalars are an equal update.
@@ -134,11 +142,11 @@ std::size_t first_past(const std::vector<Item>& items, std::size_t element) {
 }
 
 // A block of the update: elements [from, to), of a piece whose first element is `first`.
-void update_block(const Chunk& chunk, const void* piece, std::size_t first, std::size_t from, std::size_t to) {
-  const Job& job = chunk.active;
+void update_block(const Job& job, const AdamWPlanes& planes, const void* piece, std::size_t first, std::size_t from,
+                  std::size_t to) {
   for (std::size_t i = first_past(job.ranges, from); i < job.ranges.size() && job.ranges[i].begin < to; ++i) {
     const Range& range = job.ranges[i];
-    adamw_block(kernel_table(), range.scalars, chunk.planes, piece, first, job.type, std::max(range.begin, from),
+    adamw_block(kernel_table(), range.scalars, planes, piece, first, job.type, std::max(range.begin, from),
                 std::min(range.end, to));
   }
 }
@@ -167,8 +175,11 @@ struct AdamWSink::Impl {
     return chunks[index];
   }
 
+  std::size_t first_element(const Chunk& chunk, std::size_t offset_bytes) const;
+
   std::shared_ptr<ThreadPool> pool;
-  std::mutex mutex;
+  std::unique_ptr<Staging> staging;  // null: every plane is in memory
+  mutable std::mutex mutex;
   std::deque<Chunk> chunks;
 };
 
@@ -181,9 +192,41 @@ AdamWSink::~AdamWSink() = default;
 
 std::uint32_t AdamWSink::add_chunk(const AdamWPlanes& planes, std::size_t n, GradientType type) {
   check_planes(planes, n);
+  const std::uint32_t index = add_chunk(n, type);
+  impl_->chunk(index).planes = planes;
+  return index;
+}
+
+std::uint32_t AdamWSink::add_chunk(std::size_t n, GradientType type) {
   const std::lock_guard lock(impl_->mutex);
-  impl_->chunks.push_back({.planes = planes, .n = n, .type = type, .prepared = {}, .squares = {}, .active = {}});
+  impl_->chunks.push_back(
+      {.planes = {}, .regions = {}, .n = n, .type = type, .prepared = {}, .squares = {}, .active = {}});
   return static_cast<std::uint32_t>(impl_->chunks.size() - 1);
+}
+
+void AdamWSink::use_disk(std::shared_ptr<Transfers> transfers, std::shared_ptr<Device> device, std::size_t stages,
+                         std::size_t stage_elements) {
+  if (transfers == nullptr || device == nullptr) {
+    throw Error(Code::invalid_argument, "AdamWSink: the disk tier needs transfers and a device");
+  }
+  if (impl_->staging != nullptr) throw Error(Code::state, "AdamWSink: use_disk() was called before");
+  impl_->staging =
+      std::make_unique<Staging>(std::move(transfers), std::move(device), stages, most_staged_bytes(stage_elements));
+}
+
+std::size_t AdamWSink::staging_bytes() const {
+  return impl_->staging == nullptr ? 0 : impl_->staging->bytes();
+}
+
+void AdamWSink::place(std::uint32_t index, const AdamWPlanes& planes, const AdamWRegions& regions) {
+  Chunk& chunk = impl_->chunk(index);
+  check_places(label(index), planes, regions, chunk.n);
+  if (any_on_disk(regions) && impl_->staging == nullptr) {
+    throw Error(Code::state, label(index) + ": planes can lie on disk after use_disk()");
+  }
+  const std::lock_guard lock(impl_->mutex);
+  chunk.planes = planes;
+  chunk.regions = regions;
 }
 
 void AdamWSink::prepare(std::uint32_t index, const std::vector<Segment>& segments) {
@@ -194,7 +237,7 @@ void AdamWSink::prepare(std::uint32_t index, const std::vector<Segment>& segment
   Chunk& chunk = impl_->chunk(index);
   Job job;
   job.type = type;
-  job.ranges = ranges_of(index, chunk.n, indivisible(chunk.planes), segments);
+  job.ranges = ranges_of(index, chunk.n, group_of(chunk), segments);
   const std::lock_guard lock(impl_->mutex);
   chunk.prepared.push_back(std::move(job));
 }
@@ -252,7 +295,11 @@ void AdamWSink::consume(std::uint32_t index, std::size_t offset_bytes, const voi
                                             std::to_string(offset_bytes) + " does not lie in the gradient's " +
                                             std::to_string(chunk.n * size) + " bytes, or cuts an element");
   }
-  const std::size_t whole = job.sum == nullptr ? indivisible(chunk.planes) : 1;
+  const bool from_disk = job.sum == nullptr && any_on_disk(chunk.regions);
+  const AdamWPlanes planes =
+      from_disk ? with_staged(chunk.planes, chunk.regions, impl_->staging->parts(index, first), first) : chunk.planes;
+  if (job.sum == nullptr) check_planes(planes, count);
+  const std::size_t whole = job.sum == nullptr ? group_of(chunk) : 1;
   if (first % whole != 0 || ((first + count) % whole != 0 && first + count != chunk.n)) {
     throw Error(Code::invalid_argument, label(index) + ": a piece of the elements " + std::to_string(first) + " to " +
                                             std::to_string(first + count) + " cuts a group of 8-bit moments, of " +
@@ -266,26 +313,54 @@ void AdamWSink::consume(std::uint32_t index, std::size_t offset_bytes, const voi
     const std::size_t from = std::max(first, first - skew + block_begin);
     const std::size_t to = first - skew + block_end;
     if (job.sum == nullptr) {
-      update_block(chunk, piece, first, from, to);
+      update_block(job, planes, piece, first, from, to);
     } else {
       sum_block(job, piece, first, from, to);
     }
   });
+  if (from_disk) impl_->staging->finish(index, first);
 }
 
 void AdamWSink::end(std::uint32_t index) {
   Chunk& chunk = impl_->chunk(index);
   if (!chunk.begun) throw Error(Code::state, label(index) + " ended a submission that had not begun");
-  if (chunk.active.sum != nullptr) {
-    std::vector<double> squares(chunk.active.segments);
-    for (std::size_t i = 0; i < chunk.active.parts.size(); ++i) {
-      squares[chunk.active.parts[i].segment] += chunk.active.squares[i];
-    }
-    const std::lock_guard lock(impl_->mutex);
-    chunk.squares = std::move(squares);
+  std::vector<double> squares(chunk.active.segments);
+  for (std::size_t i = 0; i < chunk.active.parts.size(); ++i) {
+    squares[chunk.active.parts[i].segment] += chunk.active.squares[i];
   }
+  const std::lock_guard lock(impl_->mutex);
+  if (chunk.active.sum != nullptr) chunk.squares = std::move(squares);
   chunk.active = Job{};
   chunk.begun = false;
+}
+
+bool AdamWSink::needs_stage(std::uint32_t index) {
+  const Chunk& chunk = impl_->chunk(index);
+  const std::lock_guard lock(impl_->mutex);
+  return any_on_disk(chunk.regions);
+}
+
+// The scheduler asks once the chunk's submissions before this one have ended: either it has begun, or it is the next.
+std::size_t AdamWSink::Impl::first_element(const Chunk& chunk, std::size_t offset_bytes) const {
+  const std::lock_guard lock(mutex);
+  if (chunk.begun) return offset_bytes / gradient_bytes(chunk.active.type);
+  return offset_bytes / gradient_bytes(chunk.prepared.empty() ? chunk.type : chunk.prepared.front().type);
+}
+
+bool AdamWSink::stage(std::uint32_t index, std::size_t offset_bytes, std::size_t bytes) {
+  const Chunk& chunk = impl_->chunk(index);
+  const std::size_t first = impl_->first_element(chunk, offset_bytes);
+  const std::size_t end = impl_->first_element(chunk, offset_bytes + bytes);
+  if (end > chunk.n) return true;  // consume() refuses it
+  return impl_->staging->begin(index, first, parts_on_disk(chunk.regions, first, end - first));
+}
+
+bool AdamWSink::staged(std::uint32_t index, std::size_t offset_bytes) {
+  return impl_->staging->ready(index, impl_->first_element(impl_->chunk(index), offset_bytes));
+}
+
+void AdamWSink::settle(std::uint32_t index) {
+  if (impl_->staging != nullptr) impl_->staging->settle(index);
 }
 
 }  // namespace slidecore

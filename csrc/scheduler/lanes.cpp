@@ -108,11 +108,16 @@ void Scheduler::Impl::upload_weights(const UploadTask& task, std::unique_lock<st
     device->wait(upload_stream, release.event);
     events.give(release.event);
   }
-  const EventHandle start = spans.mark(upload_stream);
-  device->to_device(slot.address, spec.weight, spec.weight_bytes, upload_stream);
-  const EventHandle end = spans.mark(upload_stream);
+  if (spec.on_disk != nullptr) {
+    if (sink) sink->settle(static_cast<std::uint32_t>(task.chunk));
+    upload_from_disk(spec.on_disk, slot.address, spec.weight_bytes, SpanKind::weights, task.chunk);
+  } else {
+    const EventHandle start = spans.mark(upload_stream);
+    device->to_device(slot.address, spec.weight, spec.weight_bytes, upload_stream);
+    const EventHandle end = spans.mark(upload_stream);
+    spans.add(Lane::upload, SpanKind::weights, task.chunk, start, end, spec.weight_bytes);
+  }
   device->record(slot.ready, upload_stream);
-  spans.add(Lane::upload, SpanKind::weights, task.chunk, start, end, spec.weight_bytes);
   lock.lock();
   --chunk.reading;
   chunk.last_upload = slot.ready;
@@ -128,10 +133,15 @@ void Scheduler::Impl::upload_input(const UploadTask& task, std::unique_lock<std:
   device->wait(upload_stream, task.after_work);
   if (after != nullptr) device->wait(upload_stream, *after);
   events.give(task.after_work);
-  const EventHandle start = spans.mark(upload_stream);
-  device->to_device(task.device, task.host, task.bytes, upload_stream);
-  const EventHandle end = spans.mark(upload_stream);
-  spans.add(Lane::upload, SpanKind::input_in, task.chunk, start, end, task.bytes);
+  if (task.on_disk != nullptr) {
+    wait_for_writes(task.on_disk.get());
+    upload_from_disk(task.on_disk, task.device, task.bytes, SpanKind::input_in, task.chunk);
+  } else {
+    const EventHandle start = spans.mark(upload_stream);
+    device->to_device(task.device, task.host, task.bytes, upload_stream);
+    const EventHandle end = spans.mark(upload_stream);
+    spans.add(Lane::upload, SpanKind::input_in, task.chunk, start, end, task.bytes);
+  }
   lock.lock();
   issue_ticket(task.ticket, upload_stream);
 }
@@ -163,11 +173,17 @@ void Scheduler::Impl::download_whole(const DownloadTask& task, std::unique_lock<
   lock.unlock();
   device->wait(download_stream, task.after_work);
   events.give(task.after_work);
-  const EventHandle start = spans.mark(download_stream);
-  device->to_host(task.host, task.device, task.bytes, download_stream);
-  const EventHandle end = spans.mark(download_stream);
-  spans.add(Lane::download, gradient ? SpanKind::gradient : SpanKind::input_out, task.chunk, start, end, task.bytes);
+  std::vector<Ticket> writes;
+  if (task.on_disk != nullptr) {
+    writes = download_to_disk(task);
+  } else {
+    const EventHandle start = spans.mark(download_stream);
+    device->to_host(task.host, task.device, task.bytes, download_stream);
+    const EventHandle end = spans.mark(download_stream);
+    spans.add(Lane::download, gradient ? SpanKind::gradient : SpanKind::input_out, task.chunk, start, end, task.bytes);
+  }
   lock.lock();
+  if (!writes.empty()) input_writes[task.on_disk.get()] = std::move(writes);
   issue_ticket(task.ticket, download_stream);
   if (gradient) {
     ++counters.gradients;
@@ -194,9 +210,8 @@ void Scheduler::Impl::download_in_pieces(const DownloadTask& task, std::unique_l
     const EventHandle landed = events.take();
     device->record(landed, download_stream);
     std::lock_guard guard(mutex);
-    updates.push_back({static_cast<std::uint32_t>(task.chunk), offset, bytes, piece, landed, offset == 0,
-                       offset + bytes == task.bytes, task.kind == Download::to_update, task.after_updates});
-    changed.notify_all();
+    queue_update({static_cast<std::uint32_t>(task.chunk), offset, bytes, piece, landed, offset == 0,
+                  offset + bytes == task.bytes, task.kind == Download::to_update, task.after_updates, task.after_sums});
   }
   lock.lock();
   issue_ticket(task.ticket, download_stream);
@@ -213,20 +228,35 @@ bool Scheduler::Impl::host_update_ready() const {
   return ticket_issued(next.after) && chunk.summed >= next.after_sums && chunk.updated >= next.after_updates;
 }
 
+void Scheduler::Impl::queue_update(UpdateTask task) {
+  if (task.changes_weights && sink->needs_stage(task.chunk)) task.stage = UpdateTask::Stage::needed;
+  updates.push_back(task);
+  changed.notify_all();
+}
+
+// How soon the chunk's weights are needed: 0, a visit waits for them.
+std::size_t Scheduler::Impl::urgency(std::uint32_t index) const {
+  const Chunk& chunk = chunks[index];
+  const bool awaited = std::any_of(chunk.held.begin(), chunk.held.end(), [](const Hold& h) { return !h.granted; });
+  return awaited ? 0 : 1 + next_use(static_cast<std::int32_t>(index));
+}
+
 // Index of the piece to consume next, or updates.size(). A chunk's pieces go in their order; of the chunks, the one
 // whose weights are needed soonest comes first. In backward that is the latest: what the ring holds of the others is
-// updated while the next forward is still far from them, so the lane need not idle then.
+// updated while the next forward is still far from them, so the lane need not idle then. What still comes from disk is
+// waited for only where there is nothing else to do.
 std::size_t Scheduler::Impl::most_urgent_piece() const {
-  std::size_t best = updates.size(), best_use = 0;
+  std::size_t best = updates.size();
+  std::pair<bool, std::size_t> best_use;
   std::vector<bool> seen(chunks.size(), false);
   for (std::size_t i = 0; i < updates.size(); ++i) {
     const UpdateTask& task = updates[i];
-    if (seen[task.chunk]) continue;
+    // One that waits for an update of its chunk may be queued before it, if that update's gradient is on the host.
+    if (seen[task.chunk] || chunks[task.chunk].updated < task.after_updates) continue;
     seen[task.chunk] = true;
-    const Chunk& chunk = chunks[task.chunk];
-    if (chunk.updated < task.after_updates) continue;
-    const bool awaited = std::any_of(chunk.held.begin(), chunk.held.end(), [](const Hold& h) { return !h.granted; });
-    const std::size_t use = awaited ? 0 : 1 + next_use(static_cast<std::int32_t>(task.chunk));
+    if (task.stage == UpdateTask::Stage::needed || task.stage == UpdateTask::Stage::asked_for) continue;
+    const bool waits = task.stage == UpdateTask::Stage::staged && !sink->staged(task.chunk, task.offset);
+    const std::pair<bool, std::size_t> use{waits, urgency(task.chunk)};
     if (best == updates.size() || use < best_use) {
       best = i;
       best_use = use;
@@ -237,27 +267,31 @@ std::size_t Scheduler::Impl::most_urgent_piece() const {
 
 void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
   std::size_t piece = 0;
+  // So many pieces of host updates are queued that the disk lane has some to stage ahead, where there is one.
+  const std::size_t ahead = options.transfers == nullptr ? 1 : options.disk_pieces;
+  const auto expands = [&] { return from_host < ahead && host_update_ready(); };
   changed.wait(lock, [&] {
-    if (stopping || failure != nullptr || host_update_ready()) return true;
+    if (stopping || failure != nullptr || expands()) return true;
     piece = most_urgent_piece();
     return piece < updates.size();
   });
   if (stopping || failure != nullptr) return;
   ++update_busy;  // before a queue is taken from, lest synchronize() finds neither a task in it nor the lane at work
-  if (host_update_ready()) {
+  if (expands()) {
     const HostUpdate update = host_updates.front();
     host_updates.pop_front();
-    consume_from_host(update, lock);
+    queue_from_host(update, lock);
   } else {
     const UpdateTask task = updates[piece];
     updates.erase(updates.begin() + static_cast<std::ptrdiff_t>(piece));
+    if (task.landed == 0) --from_host;
     consume(task, lock);
   }
   --update_busy;
   changed.notify_all();
 }
 
-void Scheduler::Impl::consume_from_host(const HostUpdate& update, std::unique_lock<std::mutex>& lock) {
+void Scheduler::Impl::queue_from_host(const HostUpdate& update, std::unique_lock<std::mutex>& lock) {
   const auto arrived = ticket_event(update.after);
   if (arrived != nullptr) {
     lock.unlock();
@@ -266,11 +300,11 @@ void Scheduler::Impl::consume_from_host(const HostUpdate& update, std::unique_lo
     lock.lock();
   }
   const std::size_t piece_bytes = options.piece_bytes;
-  for (std::size_t offset = 0; offset < update.bytes && !stopping && failure == nullptr; offset += piece_bytes) {
+  for (std::size_t offset = 0; offset < update.bytes; offset += piece_bytes) {
     const std::size_t bytes = std::min(piece_bytes, update.bytes - offset);
-    consume(
-        {update.chunk, offset, bytes, update.gradient + offset, 0, offset == 0, offset + bytes == update.bytes, true},
-        lock);
+    ++from_host;
+    queue_update({update.chunk, offset, bytes, update.gradient + offset, 0, offset == 0, offset + bytes == update.bytes,
+                  true, update.after_updates, update.after_sums});
   }
 }
 
@@ -308,6 +342,7 @@ void Scheduler::Impl::consume(const UpdateTask& task, std::unique_lock<std::mute
   }
   if (in_ring) ring->release(const_cast<void*>(task.piece));
   lock.lock();
+  if (task.stage == UpdateTask::Stage::staged) ++unstaged;
   if (task.last) ++(task.changes_weights ? chunk.updated : chunk.summed);
   changed.notify_all();
 }

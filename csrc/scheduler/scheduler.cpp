@@ -19,6 +19,9 @@ const SchedulerOptions& checked(const SchedulerOptions& options) {
                 "piece_bytes must be a positive multiple of 4096, not " + std::to_string(options.piece_bytes));
   }
   if (options.ring_pieces < 2) throw Error(Code::invalid_argument, "ring_pieces must be at least 2");
+  if (options.transfers != nullptr && options.disk_pieces < 2) {
+    throw Error(Code::invalid_argument, "disk_pieces must be at least 2");
+  }
   return options;
 }
 
@@ -59,16 +62,29 @@ Scheduler::Impl::Impl(std::shared_ptr<Device> device_, std::vector<ChunkSpec> sp
                                               " bytes, more than its window's slots of " +
                                               std::to_string(windows[spec.window].slot_bytes));
     }
+    check_place(spec, spec.weight, spec.on_disk.get());
     Chunk chunk;
     chunk.spec = std::move(spec);
     chunks.push_back(std::move(chunk));
   }
   if (sink) ring = std::make_unique<Ring>(device, options.piece_bytes, options.ring_pieces);
+  if (options.transfers != nullptr) {
+    disk_pieces = std::make_unique<HostBuffer>(device, options.disk_pieces * options.piece_bytes, /*pinned=*/true);
+    disk_piece_read.assign(options.disk_pieces, 0);
+    options.transfers->observe([this](const TransferSpan& span) {
+      if (!trace.enabled()) return;
+      const std::int64_t start = trace.since_ns(span.start);
+      if (start < 0) return;  // it began before the trace did
+      const SpanKind kind = span.write ? SpanKind::write : SpanKind::read;
+      trace.add({Lane::disk, kind, -1, start, trace.since_ns(span.end), span.bytes});
+    });
+  }
   upload_stream = device->create_stream();
   download_stream = device->create_stream();
   threads.emplace_back([this] { run_lane("upload", &Impl::upload_step); });
   threads.emplace_back([this] { run_lane("download", &Impl::download_step); });
   threads.emplace_back([this] { run_lane("update", &Impl::update_step); });
+  if (options.transfers != nullptr) threads.emplace_back([this] { run_lane("disk", &Impl::disk_step); });
 }
 
 void Scheduler::Impl::stop() {
@@ -84,6 +100,14 @@ void Scheduler::Impl::stop() {
 
 Scheduler::Impl::~Impl() {
   stop();
+  if (options.transfers != nullptr) {
+    options.transfers->observe(nullptr);
+    try {
+      options.transfers->synchronize();  // reads in flight still use the pieces
+    } catch (const Error&) {
+      // They have failed or are closed: nothing is in flight.
+    }
+  }
   // Copies in flight still use the planes, the slots and the ring.
   for (const StreamHandle stream : {upload_stream, download_stream}) {
     if (stream == 0) continue;
@@ -262,7 +286,8 @@ Ticket Scheduler::submit_gradient(std::uint32_t chunk, const void* gradient, std
                                     .chunk = static_cast<std::int32_t>(chunk),
                                     .device = gradient,
                                     .bytes = bytes,
-                                    .after_updates = s.chunks[chunk].submitted},
+                                    .after_updates = s.chunks[chunk].submitted,
+                                    .after_sums = s.chunks[chunk].to_sum},
                                    stream);
   // Only now, as device calls may fail: uploads of the chunk would wait for ever for a gradient that is not queued.
   s.expect_update(chunk);
@@ -324,25 +349,49 @@ Ticket Scheduler::save_input(std::int32_t chunk, void* host, const void* device,
   return s.download({.kind = Download::input, .chunk = chunk, .device = device, .host = host, .bytes = bytes}, stream);
 }
 
+Ticket Scheduler::save_input(std::int32_t chunk, std::shared_ptr<const Region> on_disk, const void* device,
+                             std::size_t bytes, StreamHandle stream) {
+  Impl& s = *impl_;
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  s.check_disk_input(on_disk.get(), bytes);
+  return s.download(
+      {.kind = Download::input, .chunk = chunk, .device = device, .bytes = bytes, .on_disk = std::move(on_disk)},
+      stream);
+}
+
+Ticket Scheduler::Impl::fetch(UploadTask task, StreamHandle stream) {
+  check_ticket(task.after);
+  task.after_work = events.take();
+  device->record(task.after_work, stream);
+  task.ticket = new_ticket();
+  uploads.push_back(task);
+  changed.notify_all();
+  return task.ticket;
+}
+
 Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes,
                               StreamHandle stream, Ticket after) {
   Impl& s = *impl_;
   std::lock_guard lock(s.mutex);
   s.throw_if_failed();
-  s.check_ticket(after);
-  UploadTask task{};
-  task.is_weights = false;
-  task.chunk = chunk;
-  task.device = device;
-  task.host = host;
-  task.bytes = bytes;
-  task.after = after;
-  task.after_work = s.events.take();
-  s.device->record(task.after_work, stream);
-  task.ticket = s.new_ticket();
-  s.uploads.push_back(task);
-  s.changed.notify_all();
-  return task.ticket;
+  return s.fetch({.is_weights = false, .chunk = chunk, .device = device, .host = host, .bytes = bytes, .after = after},
+                 stream);
+}
+
+Ticket Scheduler::fetch_input(std::int32_t chunk, void* device, std::shared_ptr<const Region> on_disk,
+                              std::size_t bytes, StreamHandle stream, Ticket after) {
+  Impl& s = *impl_;
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  s.check_disk_input(on_disk.get(), bytes);
+  return s.fetch({.is_weights = false,
+                  .chunk = chunk,
+                  .device = device,
+                  .bytes = bytes,
+                  .after = after,
+                  .on_disk = std::move(on_disk)},
+                 stream);
 }
 
 bool Scheduler::done(Ticket ticket) {
@@ -375,6 +424,34 @@ void Scheduler::synchronize_ticket(Ticket ticket) {
   if (event != nullptr) s.device->synchronize_event(*event);
 }
 
+void Scheduler::Impl::check_place(const ChunkSpec& spec, const void* weight, const Region* on_disk) const {
+  const std::string name = "chunk '" + spec.name + "'";
+  if (on_disk == nullptr) return;
+  if (options.transfers == nullptr) {
+    throw Error(Code::invalid_argument, name + ": weights can lie on disk where there are transfers");
+  }
+  if (weight != nullptr) throw Error(Code::invalid_argument, name + ": weights are given in memory and on disk");
+  if (on_disk->size() < spec.weight_bytes) {
+    throw Error(Code::invalid_argument, name + ": weights of " + std::to_string(spec.weight_bytes) +
+                                            " bytes do not fit in the region '" + on_disk->name() + "' of " +
+                                            std::to_string(on_disk->size()));
+  }
+}
+
+void Scheduler::place_weight(std::uint32_t chunk, const void* weight, std::shared_ptr<const Region> on_disk) {
+  Impl& s = *impl_;
+  std::lock_guard lock(s.mutex);
+  s.throw_if_failed();
+  s.check_chunk(chunk);
+  ChunkSpec& spec = s.chunks[chunk].spec;
+  s.check_place(spec, weight, on_disk.get());
+  if (weight == nullptr && on_disk == nullptr) {
+    throw Error(Code::invalid_argument, "chunk '" + spec.name + "': its weights must lie somewhere");
+  }
+  spec.weight = weight;
+  spec.on_disk = std::move(on_disk);
+}
+
 void Scheduler::invalidate(std::uint32_t chunk) {
   std::lock_guard lock(impl_->mutex);
   impl_->throw_if_failed();
@@ -391,6 +468,7 @@ void Scheduler::wait_updates() {
     }
     return true;
   });
+  s.settle_disk(lock);
 }
 
 void Scheduler::synchronize() {
@@ -398,8 +476,9 @@ void Scheduler::synchronize() {
   std::unique_lock lock(s.mutex);
   s.wait_for(lock, [&] {
     return s.uploads.empty() && s.downloads.empty() && s.updates.empty() && s.host_updates.empty() &&
-           s.upload_busy == 0 && s.download_busy == 0 && s.update_busy == 0;
+           s.upload_busy == 0 && s.download_busy == 0 && s.update_busy == 0 && s.disk_busy == 0;
   });
+  s.settle_disk(lock);
   lock.unlock();
   s.device->synchronize(s.upload_stream);
   s.device->synchronize(s.download_stream);

@@ -6,6 +6,7 @@
 #include <deque>
 #include <exception>
 #include <list>
+#include <map>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -70,6 +71,7 @@ struct UploadTask {
   std::size_t bytes = 0;
   EventHandle after_work = 0;
   Ticket after = 0, ticket = 0;
+  std::shared_ptr<const Region> on_disk = nullptr;  // of an input, in the place of `host`
 };
 
 enum class Download : std::uint8_t { to_update, to_sum, saved_gradient, input };
@@ -84,6 +86,7 @@ struct DownloadTask {
   std::uint64_t after_sums = 0;     // of the chunk, asked for before this one
   EventHandle after_work = 0;
   Ticket ticket = 0;
+  std::shared_ptr<const Region> on_disk = nullptr;  // of an input, in the place of `host`
 };
 
 // A piece of a gradient for the sink.
@@ -94,8 +97,10 @@ struct UpdateTask {
   EventHandle landed;  // of a piece in the ring; 0: it is in the caller's memory
   bool first, last;
   bool changes_weights;
-  std::uint64_t after_updates =
-      0;  // of the chunk: their order is that of the calls, and a sum must not change under one
+  // Of the chunk: their order is that of the calls, and a sum must not change under an update.
+  std::uint64_t after_updates = 0;
+  std::uint64_t after_sums = 0;  // likewise; only updates that are staged look at it
+  enum class Stage : std::uint8_t { none, needed, asked_for, staged } stage = Stage::none;
 };
 
 // An update from a gradient in the caller's memory, once it is there: downloaded, or added up.
@@ -106,6 +111,8 @@ struct HostUpdate {
   Ticket after;
   std::uint64_t after_sums, after_updates;
 };
+
+inline constexpr std::uint64_t kNever = ~std::uint64_t{0};
 
 struct Scheduler::Impl {
   Impl(std::shared_ptr<Device> device, std::vector<ChunkSpec> chunks, std::vector<WindowSpec> windows,
@@ -134,18 +141,33 @@ struct Scheduler::Impl {
   void download_in_pieces(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
   void download_whole(const DownloadTask& task, std::unique_lock<std::mutex>& lock);
   bool host_update_ready() const;
+  void queue_update(UpdateTask task);
+  void queue_from_host(const HostUpdate& update, std::unique_lock<std::mutex>& lock);
+  std::size_t urgency(std::uint32_t chunk) const;
   std::size_t most_urgent_piece() const;
   void consume(const UpdateTask& task, std::unique_lock<std::mutex>& lock);
-  void consume_from_host(const HostUpdate& update, std::unique_lock<std::mutex>& lock);
   std::string of_chunk(std::int32_t chunk) const;
+
+  // disk_lane.cpp
+  void disk_step(std::unique_lock<std::mutex>& lock);
+  std::size_t most_urgent_to_stage() const;
+  void upload_from_disk(const std::shared_ptr<const Region>& region, void* address, std::size_t bytes, SpanKind kind,
+                        std::int32_t chunk);
+  std::vector<Ticket> download_to_disk(const DownloadTask& task);
+  void wait_for_writes(const Region* region);
+  void check_disk_input(const Region* region, std::size_t bytes) const;
+  void settle_disk(std::unique_lock<std::mutex>& lock);
+
   void fail(const std::string& lane, std::exception_ptr error);
   void stop();
 
   // scheduler.cpp
   void throw_if_failed() const;
   void check_chunk(std::uint32_t chunk) const;
+  void check_place(const ChunkSpec& spec, const void* weight, const Region* on_disk) const;
   void check_gradient(std::uint32_t chunk, std::size_t bytes, bool for_sink) const;
   Ticket download(DownloadTask task, StreamHandle stream);
+  Ticket fetch(UploadTask task, StreamHandle stream);
   void expect_update(std::uint32_t chunk);
   void await_slot(const Slot& slot, Hold& hold, std::uint32_t chunk, StreamHandle stream,
                   std::unique_lock<std::mutex>& lock);
@@ -177,9 +199,12 @@ struct Scheduler::Impl {
 
   std::deque<UploadTask> uploads;
   std::deque<DownloadTask> downloads;
-  std::deque<UpdateTask> updates;  // in the ring
+  std::deque<UpdateTask> updates;
   std::deque<HostUpdate> host_updates;
-  int upload_busy = 0, download_busy = 0, update_busy = 0;
+  std::size_t from_host = 0;  // of `updates`, those whose gradient is in the caller's memory
+  // The disk lane: how many staged pieces were consumed, and how many it had been when there was no room for another.
+  std::uint64_t unstaged = 0, full_at = kNever;
+  int upload_busy = 0, download_busy = 0, update_busy = 0, disk_busy = 0;
 
   Trace trace;
   EventPool events;
@@ -190,6 +215,13 @@ struct Scheduler::Impl {
 
   DeviceSpans spans;
   std::unique_ptr<Ring> ring;
+  // The upload lane's own: pinned pieces that what is on disk passes through, and the copy that may still read each.
+  std::unique_ptr<HostBuffer> disk_pieces;
+  std::vector<EventHandle> disk_piece_read;
+  // The download lane's own: pieces for inputs on their way to disk (made at the first), and the write of each.
+  std::unique_ptr<HostBuffer> input_pieces;
+  std::vector<Ticket> input_piece_written;
+  std::map<const Region*, std::vector<Ticket>> input_writes;  // the last of each region; guarded by the mutex
   StreamHandle upload_stream = 0, download_stream = 0;
   Counters counters{};
 

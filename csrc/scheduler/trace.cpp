@@ -63,6 +63,12 @@ std::int64_t Trace::now_ns() const {
   return steady_ns() - epoch_ns_;
 }
 
+std::int64_t Trace::since_ns(std::chrono::steady_clock::time_point time) const {
+  const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+  const std::lock_guard lock(mutex_);
+  return ns - epoch_ns_;
+}
+
 void Trace::add(const Span& span) {
   std::lock_guard lock(mutex_);
   if (ring_.size() < capacity_) {

@@ -10,6 +10,7 @@ from slidecore.offloading import (
     close,
     master_parameter,
     offload,
+    set_budget,
     stats,
     synchronize,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "master_parameter",
     "offload",
     "save_checkpoint",
+    "set_budget",
     "stats",
     "synchronize",
     "trace",

@@ -1,6 +1,6 @@
 """The native core. Addresses, streams and events are integers; blocking calls release the GIL."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 class Error(RuntimeError):
@@ -228,20 +228,18 @@ class AdamWSink:
     """Updates chunks on the update lane."""
 
     def __init__(self, pool: ThreadPool) -> None: ...
-    def add_chunk(
-        self,
-        *,
-        n: int,
-        gradient_float32: bool,
-        exp_avg: int,
-        exp_avg_sq: int,
-        weight: int = 0,
-        residual: int = 0,
-        weight32: int = 0,
-        exp_avg_scale: int = 0,
-        exp_avg_sq_scale: int = 0,
-    ) -> int:
-        """Registers the planes of the next chunk (n elements each) and returns its index."""
+    def add_chunk(self, *, n: int, gradient_float32: bool) -> int:
+        """Registers the next chunk, of n trainable elements; `place` says where its planes are. Returns its index."""
+    def place(self, chunk: int, *, memory: Mapping[str, int], disk: Mapping[str, Region]) -> None:
+        """Where the chunk's planes lie from now on, by name: addresses, and regions on disk.
+
+        weight and residual, or weight32; exp_avg and exp_avg_sq, which are 8-bit codes where there are exp_avg_scale
+        and exp_avg_sq_scale. The update lane must be idle.
+        """
+    def use_disk(self, transfers: Transfers, device: Device, *, stages: int, stage_elements: int) -> None:
+        """Lets planes lie on disk: pieces of up to `stage_elements` elements pass through so many stages of memory."""
+    @property
+    def staging_bytes(self) -> int: ...
     def prepare(self, chunk: int, segments: Sequence[tuple[int, int, AdamWHyper]], gradient_float32: bool) -> None:
         """Says how the chunk's next submission is applied: (offset, length, hyper) in elements, ascending.
 
@@ -270,8 +268,13 @@ class Scheduler:
         piece_bytes: int = ...,
         ring_pieces: int = ...,
         trace_spans: int = ...,
+        transfers: Transfers | None = None,
+        disk_pieces: int = ...,
     ) -> None:
-        """chunks: (name, weight address, bytes, window). windows: (slot addresses, slot bytes)."""
+        """chunks: (name, weight address, bytes, window). windows: (slot addresses, slot bytes).
+
+        A chunk whose weights lie on disk has the address 0, and `place_weight` is called before its first visit.
+        """
     FORWARD: ClassVar[int]
     BACKWARD: ClassVar[int]
     def set_schedule(self, visits: Sequence[tuple[int, int, bool, bool]]) -> None:
@@ -287,6 +290,12 @@ class Scheduler:
         """Updates the chunk from a gradient in host memory, once the ticket `after` (or 0) is done."""
     def save_input(self, chunk: int, host: int, device: int, nbytes: int, stream: int) -> int: ...
     def fetch_input(self, chunk: int, device: int, host: int, nbytes: int, stream: int, after: int = 0) -> int: ...
+    def save_input_to_disk(self, chunk: int, on_disk: Region, device: int, nbytes: int, stream: int) -> int: ...
+    def fetch_input_from_disk(
+        self, chunk: int, device: int, on_disk: Region, nbytes: int, stream: int, after: int = 0
+    ) -> int: ...
+    def place_weight(self, chunk: int, weight: int, on_disk: Region | None = None) -> None:
+        """Where the chunk's weights lie from now on, with the same content; to be called after synchronize()."""
     def done(self, ticket: int) -> bool: ...
     def wait(self, ticket: int, stream: int) -> None: ...
     def synchronize_ticket(self, ticket: int) -> None: ...

@@ -117,16 +117,22 @@ class DeferredUpdates(Updates):
     def _plane(self) -> Plane:
         dtype = torch.float32 if self.adds_up else self.engine.compute_dtype
         planes = self.engine.planes
-        if planes.grad is not None and planes.grad.dtype != dtype:
-            self.engine.drain()  # updates may still read the plane that goes
-        return planes.gradients(dtype, keep=self._waiting)
+        if planes.grad is not None and planes.grad.dtype == dtype:
+            return planes.grad
+        self.engine.drain()  # updates may still read the plane that goes
+        before = planes.grad.nbytes if planes.grad is not None else 0
+        after = planes.gradient_bytes(dtype)
+        self.engine.tiers.make_room(before + after)
+        plane = planes.gradients(dtype, keep=self._waiting)
+        self.engine.tiers.grad_takes(after)
+        return plane
 
     def _add_up(self) -> None:
         """Goes over to a float32 plane, with what has come so far."""
         self.adds_up = True
+        self._plane()
         if self.engine.compute_dtype == torch.float32:
             return
-        self._plane()
         for waiting in self._waiting.values():
             waiting.ticket = 0
 

@@ -25,13 +25,14 @@ from slidecore.integrations.huggingface import accelerated
 from slidecore.kept import kept_bytes
 from slidecore.parameters import move_into_planes, point_parameters
 from slidecore.partition import Chunk, Entry, partition
-from slidecore.planes import Moments, Planes, lay_out
+from slidecore.planes import Moments, Planes, lay_out, parts_of
 from slidecore.planner import (
     check_device_budget,
     device_needs,
     head_costs,
 )
 from slidecore.saved_inputs import SavedInputs
+from slidecore.tiers import DISK_PIECES, Tiers
 from slidecore.updates import OverlapUpdates, Updates
 from slidecore.visit import Record, Use, Visits, leaves_of, swapped
 
@@ -96,6 +97,9 @@ class Engine:
         threads: int,
         piece_bytes: int,
         ring_pieces: int | None,
+        host_memory: int | None,
+        disk: Sequence[str],
+        disk_memory: int | None,
     ) -> None:
         self.backend = backend
         self.compute_dtype = compute_dtype
@@ -135,8 +139,46 @@ class Engine:
         )
         self.window = window
 
+        item = compute_dtype.itemsize
+        largest_gradient = max((c.trainable_numel for c in self.chunks), default=0) * item
+        largest = largest_gradient if train else max(c.numel for c in self.chunks) * item
+        piece_bytes = max(4096, min(piece_bytes, -(-largest // 4096) * 4096))
+        if ring_pieces is None:
+            gradients = sum(c.trainable_numel for c in self.chunks) * item
+            ring_pieces = max(LEAST_RING_PIECES, int(gradients * RING_SHARE[moments]) // piece_bytes)
+        self.ring_bytes = piece_bytes * ring_pieces if train else 0
+        self.tiers = Tiers(
+            self.chunks,
+            parts_of(self.chunks, compute_dtype, train, moments),
+            host_memory=host_memory,
+            disk=disk,
+            disk_memory=disk_memory,
+            ring_bytes=self.ring_bytes,
+            piece_bytes=piece_bytes,
+            compute_dtype=compute_dtype,
+            train=train,
+        )
+        try:
+            self._build(model, kept, moments, threads, piece_bytes, ring_pieces)
+        except BaseException:
+            self.tiers.close()
+            raise
+        engines.add(self)
+
+    def _build(
+        self,
+        model: nn.Module,
+        kept: Mapping[int, tuple[str, nn.Parameter]],
+        moments: Moments,
+        threads: int,
+        piece_bytes: int,
+        ring_pieces: int,
+    ) -> None:
+        """Planes, slots and lanes, as they were planned."""
+        backend, compute_dtype, train, window = self.backend, self.compute_dtype, self.train, self.window
         self.pool = _core.ThreadPool(threads)
-        self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train, moments)
+        self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train, moments, self.tiers.is_on_disk)
+        self.planes.fetch, self.planes.store = self.tiers.fetch, self.tiers.put
         for _, parameter in kept.values():
             parameter.data = parameter.data.to(backend.torch_device)
         backend.hold(self._kept_bytes)
@@ -164,24 +206,26 @@ class Engine:
                 addresses.append(slot.data_ptr())
             window_of[kind] = len(windows)
             windows.append((addresses, numel * item))
-        largest_gradient = max((c.trainable_numel for c in self.chunks), default=0) * item
-        piece_bytes = max(4096, min(piece_bytes, -(-largest_gradient // 4096) * 4096))
-        if ring_pieces is None:
-            gradients = sum(c.trainable_numel for c in self.chunks) * item
-            ring_pieces = max(LEAST_RING_PIECES, int(gradients * RING_SHARE[moments]) // piece_bytes)
         self.sink = _core.AdamWSink(self.pool) if train else None
         if self.sink is not None:
-            self._add_chunks_to_sink(self.sink)
+            for chunk in self.chunks:
+                self.sink.add_chunk(n=chunk.trainable_numel, gradient_float32=compute_dtype == torch.float32)
+        self.tiers.prepare(self.sink, backend.core)
+        disk = self.tiers.store
         self.scheduler = _core.Scheduler(
             backend.core,
-            [(c.name, self.planes.weight.address(c), c.numel * item, window_of[c.kind]) for c in self.chunks],
+            [(c.name, 0, c.numel * item, window_of[c.kind]) for c in self.chunks],
             windows,
             self.sink,
             piece_bytes=piece_bytes,
             ring_pieces=ring_pieces,
+            transfers=disk.transfers if disk is not None else None,
+            disk_pieces=DISK_PIECES,
         )
-        self.ring_bytes = piece_bytes * ring_pieces if train else 0
-        self.saved_inputs = SavedInputs(backend, self.scheduler)
+        self.saved_inputs = SavedInputs(backend, self.scheduler, self.tiers)
+        self.tiers.connect(self)
+        if disk is not None:
+            logger.info("%s", self.tiers.describe())
         self.gradient_buffers = GradientBuffers(backend, GRADIENT_BUFFERS)
         self.visits = Visits(self)
 
@@ -210,7 +254,6 @@ class Engine:
         self._schedules["accumulate"] = _without_updates(self._schedules["train"])
         self.detach: list[Callable[[], object]] = []  # undoes what was hooked into the model
         self.closed = False
-        engines.add(self)
 
     # --- set-up
 
@@ -225,23 +268,6 @@ class Engine:
 
         for chunk in self.chunks:
             move_into_planes(self.planes, chunk, functools.partial(adopt, chunk))
-
-    def _add_chunks_to_sink(self, sink: _core.AdamWSink) -> None:
-        planes = self.planes
-        split = self.compute_dtype != torch.float32
-        for chunk in self.chunks:
-            if chunk.trainable_numel == 0:
-                sink.add_chunk(n=0, gradient_float32=False, exp_avg=0, exp_avg_sq=0)
-                continue
-            weight = planes.weight.address(chunk)
-            sink.add_chunk(
-                n=chunk.trainable_numel,
-                gradient_float32=not split,
-                **{name: plane.address(chunk) for name, plane in planes.moments.items()},
-                weight=weight if split else 0,
-                residual=planes.residual.address(chunk) if planes.residual is not None else 0,
-                weight32=0 if split else weight,
-            )
 
     def _first_schedule(self) -> list[ScheduledVisit]:
         """The schedule as the structure suggests it; the first step's real one replaces it."""
@@ -425,6 +451,9 @@ class Engine:
         if self.state == "forward" and not self._live:
             # The graphs of earlier forwards were dropped without a backward.
             self._reset_pass()
+        if not self._live:
+            self.tiers.relieve()
+        self.saved_inputs.begin_forward()
 
     def end_root_forward(self) -> None:
         """Called after a forward: the next one without gradients is expected to make the visits that this one made."""
@@ -623,5 +652,6 @@ class Engine:
         for hook in self._stray_hooks:
             hook.remove()
         self.scheduler.close()
+        self.tiers.close()
         self.backend.drop(self._kept_bytes)
         self._slots.clear()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -64,6 +65,9 @@ def offload(
     threads: int = 0,
     piece_bytes: int = 16 << 20,
     ring_pieces: int | Literal["auto"] = "auto",
+    host_memory: int | str | None = None,
+    disk: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    disk_memory: int | str | None = None,
 ) -> Model:
     """Makes `model` compute on `device` with its weights in host memory, in place; returns the same object.
 
@@ -92,11 +96,17 @@ def offload(
         piece_bytes, ring_pieces: size and number of the pinned pieces that gradients come down in. "auto" makes room
             for an eighth of the gradients (a sixteenth with 8-bit moments): that much of the update goes on during the
             next forward.
+        host_memory: bytes (or "100GiB") of host memory for planes, rings, buffers and saved inputs together; what does
+            not fit goes to `disk`. None: no limit, or with `disk`, 90 % of the memory that is available now.
+        disk: a directory, or one for each drive (files are striped over them), for swap files. They are removed at
+            exit, and after a crash by the next run that uses the directory.
+        disk_memory: bytes that may lie there; None takes what the drives have free.
 
     Raises:
         ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, or `keep` names
             what the model does not have.
-        BudgetError: `device_memory` is too small; the message says the smallest that works.
+        BudgetError: `device_memory`, `host_memory` or `disk_memory` is too small; the message says what works.
+        slidecore._core.Error: a directory of `disk` cannot be used, another process uses it, or it lacks the space.
         ValueError: an argument is out of its range.
         UsageError: the device is not usable.
     """
@@ -133,6 +143,8 @@ def offload(
         raise ValueError(f"moments={moments!r} must be one of {', '.join(map(repr, get_args(Moments)))}")
     if kernels not in ("auto", "liger", "torch"):
         raise ValueError(f"kernels={kernels!r} must be 'auto', 'liger' or 'torch'")
+    if disk_memory is not None and not _directories(disk):
+        raise ValueError("disk_memory= needs disk=[directory, ...]")
     kept = choose(model, keep)
     undo_kernels = liger.apply(model, kernels, on_card=not backend.is_host)
     engine = Engine(
@@ -150,6 +162,9 @@ def offload(
         threads=threads,
         piece_bytes=piece_bytes,
         ring_pieces=None if ring_pieces == "auto" else ring_pieces,
+        host_memory=None if host_memory is None else parse_size(host_memory, "host_memory"),
+        disk=_directories(disk),
+        disk_memory=None if disk_memory is None else parse_size(disk_memory, "disk_memory"),
     )
     _move_buffers(model, backend.torch_device)
     engine.wrap()
@@ -160,6 +175,12 @@ def offload(
     if undo_kernels is not None:
         engine.detach.append(undo_kernels)
     return model
+
+
+def _directories(disk: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[str]:
+    if disk is None:
+        return []
+    return [os.fspath(disk)] if isinstance(disk, (str, os.PathLike)) else [os.fspath(d) for d in disk]
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -258,6 +279,35 @@ def synchronize(model: nn.Module) -> None:
     engine_of(model).drain()
 
 
+def set_budget(
+    model: nn.Module,
+    *,
+    host_memory: int | str | None = None,
+    disk_memory: int | str | None = None,
+) -> None:
+    """Changes the memory budgets of an offloaded model between steps; planes go to disk, or come back, at once.
+
+    What is trained is the same whatever lies where. After the machine ran short of memory and planes went down by
+    themselves, a call with `host_memory` brings them back.
+
+    Args:
+        model: an offloaded model.
+        host_memory, disk_memory: as of `offload`; None leaves the budget as it is.
+
+    Raises:
+        UsageError: `model` is not offloaded, has no disk, or a step is under way.
+        BudgetError: a budget is too small; nothing was changed.
+        slidecore._core.Error: the drives lack the space.
+    """
+    engine = engine_of(model)
+    if engine.state in ("forward", "backward"):
+        raise UsageError("set_budget() is for between steps: after optimizer.step(), before the next forward")
+    engine.tiers.set_budgets(
+        None if host_memory is None else parse_size(host_memory, "host_memory"),
+        None if disk_memory is None else parse_size(disk_memory, "disk_memory"),
+    )
+
+
 def clip_grad_norm_(
     model: nn.Module, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
 ) -> torch.Tensor:
@@ -329,7 +379,7 @@ def _entry_of(model: nn.Module, engine: Engine, name: str) -> tuple[Chunk, Entry
 
 @dataclass(frozen=True)
 class Stats:
-    """Sizes in bytes, and what the scheduler counted since offload()."""
+    """Sizes in bytes, and what the scheduler and the disk tier counted since offload()."""
 
     parameters: int
     device_memory: int
@@ -339,20 +389,24 @@ class Stats:
     saved_inputs_bytes: int
     ordinary_training_bytes: int
     counters: dict[str, int]
+    disk_memory: int = 0
+    disk_counters: dict[str, int] = field(default_factory=dict)
 
 
 def stats(model: nn.Module) -> Stats:
     """Memory in use and the scheduler's counters.
 
     `device_memory` is PyTorch's allocated memory on a card, and on the host backend what slidecore places there: slots,
-    gradients, saved inputs and graphs. `host_memory` is planes, ring and saved inputs. `ordinary_training_bytes` is
-    what weights and gradients in the compute dtype with float32 masters and moments take on a device.
+    gradients, saved inputs and graphs. `host_memory` is planes, rings, buffers and saved inputs, `disk_memory` what
+    lies in swap files, `disk_counters` what was read and written there. `ordinary_training_bytes` is what weights and
+    gradients in the compute dtype with float32 masters and moments take on a device.
 
     Raises:
         UsageError: `model` is not offloaded.
     """
     engine = engine_of(model)
     now, peak = engine.backend.memory_in_use()
+    store = engine.tiers.store
     parameters = sum(e.numel for c in engine.chunks for e in c.entries)
     trainable = sum(e.numel for c in engine.chunks for e in c.entries if e.trainable)
     item = engine.compute_dtype.itemsize
@@ -361,11 +415,16 @@ def stats(model: nn.Module) -> Stats:
         parameters=parameters,
         device_memory=now,
         device_memory_peak=peak,
-        host_memory=engine.planes.nbytes + engine.ring_bytes + engine.saved_inputs.host_bytes,
+        host_memory=engine.planes.nbytes
+        + engine.ring_bytes
+        + engine.tiers.buffer_bytes
+        + engine.saved_inputs.host_bytes,
         planes_bytes=engine.planes.nbytes,
         saved_inputs_bytes=engine.saved_inputs.host_bytes,
         ordinary_training_bytes=parameters * item + trainable * (item + masters + 8),
         counters=engine.scheduler.counters(),
+        disk_memory=store.nbytes if store is not None else 0,
+        disk_counters=store.transfers.counters() if store is not None else {},
     )
 
 
@@ -384,6 +443,7 @@ __all__ = [
     "engine_of",
     "master_parameter",
     "offload",
+    "set_budget",
     "stats",
     "synchronize",
 ]

@@ -20,6 +20,7 @@ from slidecore.borrowing import Loans, PartTransfer
 from slidecore.errors import ModelError, PlaneError
 from slidecore.partition import Chunk, Entry
 from slidecore.plane import Plane, entry_view, part_bytes, round_up
+from slidecore.tier_plan import Part
 
 ENTRY_ALIGNMENT = _core.MOMENTS_GROUP
 # Planes with one element for a whole group.
@@ -72,6 +73,18 @@ def state_bytes(
         for kind, dtype in _kinds(compute_dtype, train, moments).items()
         for numel in _numels(chunks, kind)
     )
+
+
+def parts_of(
+    chunks: Sequence[Chunk], compute_dtype: torch.dtype, train: bool = True, moments: Moments = "float32"
+) -> list[Part]:
+    """Every part of every plane of laid-out `chunks` that has something in it."""
+    return [
+        Part(chunk.index, kind, numel * dtype.itemsize)
+        for kind, dtype in _kinds(compute_dtype, train, moments).items()
+        for chunk, numel in zip(chunks, _numels(chunks, kind), strict=True)
+        if numel
+    ]
 
 
 class Planes:
@@ -137,6 +150,10 @@ class Planes:
             self.grad = after
         assert self.grad is not None
         return self.grad
+
+    def gradient_bytes(self, dtype: torch.dtype) -> int:
+        """What `gradients` allocates."""
+        return sum(part_bytes(numel, dtype) for numel in _numels(self._chunks, "grad"))
 
     def _convert(self, chunk: Chunk, before: Plane, after: Plane) -> None:
         loans = self._loans

@@ -262,7 +262,7 @@ inline std::vector<ChunkShape> equal_chunks(std::size_t count, std::size_t bytes
   return std::vector<ChunkShape>(count, ChunkShape{bytes, 0});
 }
 
-inline constexpr SchedulerOptions kSmallPieces{.piece_bytes = 4096, .ring_pieces = 3, .trace_spans = 4096};
+inline const SchedulerOptions kSmallPieces{.piece_bytes = 4096, .ring_pieces = 3, .trace_spans = 4096};
 
 // F0 .. F(n-1), B(n-1) .. B0, each backward followed by its chunk's update.
 inline std::vector<Visit> training_schedule(std::size_t chunks, bool updates = true) {

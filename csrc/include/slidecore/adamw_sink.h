@@ -6,10 +6,18 @@
 #include <memory>
 #include <vector>
 
+#include "slidecore/device.h"
+#include "slidecore/io.h"
 #include "slidecore/optimizer.h"
 #include "slidecore/scheduler.h"
 
 namespace slidecore {
+
+// Planes of a chunk on disk, each from the chunk's first element on. Null: the plane lies in memory, or there is none.
+struct AdamWRegions {
+  using Plane = std::shared_ptr<const Region>;
+  Plane weight, residual, weight32, exp_avg, exp_avg_sq, exp_avg8, exp_avg_sq8, exp_avg_scale, exp_avg_sq_scale;
+};
 
 // Chunks are numbered as in the Scheduler it serves: by the order of add_chunk(). Each submission of a chunk's
 // gradient consumes one prepared table, in the order of prepare() and prepare_sum(), so the table of step t+1 may be
@@ -31,6 +39,18 @@ class AdamWSink final : public GradientSink {
 
   // The planes (n elements each) must outlive the sink's use of them. Returns the chunk's index.
   std::uint32_t add_chunk(const AdamWPlanes& planes, std::size_t n, GradientType type);
+  // Without planes: place() gives them, before the chunk's first update.
+  std::uint32_t add_chunk(std::size_t n, GradientType type);
+
+  // From now on planes may lie on disk. Their pieces pass through `stages` stages of plain memory, each with room for
+  // the planes of `stage_elements` elements of a chunk. To be called once, before place().
+  void use_disk(std::shared_ptr<Transfers> transfers, std::shared_ptr<Device> device, std::size_t stages,
+                std::size_t stage_elements);
+  // Where the chunk's planes lie from now on: a plane that has a region is null in `planes`. The update lane must have
+  // nothing to do for the chunk (Scheduler::synchronize()). Throws Error(invalid_argument) for a plane that is given
+  // twice or not at all, and for a region that is too small.
+  void place(std::uint32_t chunk, const AdamWPlanes& planes, const AdamWRegions& regions);
+  std::size_t staging_bytes() const;  // of the stages' memory
 
   // Says how the chunk's next submission is applied. Segments ascend and do not overlap; with 8-bit moments each starts
   // at a multiple of moments_group. Elements outside them stay as they are. Throws Error(invalid_argument) otherwise,
@@ -62,6 +82,11 @@ class AdamWSink final : public GradientSink {
   void begin(std::uint32_t chunk) override;
   void consume(std::uint32_t chunk, std::size_t offset_bytes, const void* piece, std::size_t bytes) override;
   void end(std::uint32_t chunk) override;
+
+  bool needs_stage(std::uint32_t chunk) override;
+  bool stage(std::uint32_t chunk, std::size_t offset_bytes, std::size_t bytes) override;
+  bool staged(std::uint32_t chunk, std::size_t offset_bytes) override;
+  void settle(std::uint32_t chunk) override;
 
  private:
   struct Impl;

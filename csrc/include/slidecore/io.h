@@ -10,8 +10,10 @@
 //
 // Swap files are not checkpoints: nothing is synced to the medium, and the files go with their Storage.
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -121,6 +123,12 @@ struct TransferOptions {
   double patience_s = 30;                          // how long EAGAIN and transfers without progress are retried
 };
 
+struct TransferSpan {
+  bool write;
+  std::size_t bytes;
+  std::chrono::steady_clock::time_point start, end;  // from the first request until all of it was done
+};
+
 // Asynchronous reads and writes. Neither order nor atomicity between tickets: a transfer that must see another's effect
 // is started after that ticket is done. Transfers in flight may not overlap in bytes, in the region or in memory,
 // unless all of them read. Any offset, size and address will do; what is not aligned costs a copy, and at the ends
@@ -158,6 +166,10 @@ class Transfers {
   // all the same. Unregister before unmapping: registered pages stay in memory.
   bool register_memory(void* memory, std::size_t bytes);
   void unregister_memory(void* memory);
+
+  // `observer` hears of each transfer that is done, on a thread of the backend; it must be quick, not throw, and not
+  // call this object. None hears anything once this returns. Null: nobody.
+  void observe(std::function<void(const TransferSpan&)> observer);
 
   const char* backend() const;  // "uring" or "threads"
   std::size_t block_bytes() const;

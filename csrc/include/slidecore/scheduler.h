@@ -19,6 +19,8 @@
 //   download of a gradient  waits for the visit's work                            (event, on the download stream)
 //   an update               waits for uploads that still read the chunk's plane   (update lane)
 //   an update               waits for the chunk's updates before it               (update lane)
+//   a piece's update        waits for what of its planes lies on disk             (update lane, after the disk lane)
+//   a read from disk        waits for earlier writes of the same bytes            (disk lane, upload lane)
 //   an update from the host waits for its gradient's transfer, or for the chunk's sums (update lane)
 //   a sum                   waits for the chunk's updates, which may still read the one before it (update lane)
 //   a saved gradient        waits for the chunk's updates and sums, which may still use the one before it (download
@@ -36,6 +38,7 @@
 #include <vector>
 
 #include "slidecore/device.h"
+#include "slidecore/io.h"
 #include "slidecore/memory.h"
 #include "slidecore/trace.h"
 
@@ -52,9 +55,10 @@ struct Visit {
 
 struct ChunkSpec {
   std::string name;
-  const void* weight;  // host plane (pinned, where the device needs it); outlives the scheduler
+  const void* weight;  // host plane (pinned, where the device needs it); outlives the scheduler. Null: see `on_disk`
   std::size_t weight_bytes;
-  std::uint32_t window;  // which window's slots it visits
+  std::uint32_t window;                             // which window's slots it visits
+  std::shared_ptr<const Region> on_disk = nullptr;  // the plane, in the place of `weight`
 };
 
 struct WindowSpec {
@@ -70,6 +74,15 @@ class GradientSink {
   virtual void begin(std::uint32_t chunk) = 0;
   virtual void consume(std::uint32_t chunk, std::size_t offset_bytes, const void* piece, std::size_t bytes) = 0;
   virtual void end(std::uint32_t chunk) = 0;
+
+  // For a sink with state on disk. The disk lane calls stage() for each piece of an update of a chunk that needs it,
+  // before the piece is consumed: it begins to read what that takes, and may wait for what was written before. False:
+  // there is no room until another piece has been consumed. staged(): all is there, consume() need not wait. settle()
+  // returns when all that the chunk's finished updates have written is on disk. Any thread may call these.
+  virtual bool needs_stage(std::uint32_t /*chunk*/) { return false; }
+  virtual bool stage(std::uint32_t /*chunk*/, std::size_t /*offset_bytes*/, std::size_t /*bytes*/) { return true; }
+  virtual bool staged(std::uint32_t /*chunk*/, std::size_t /*offset_bytes*/) { return true; }
+  virtual void settle(std::uint32_t /*chunk*/) {}
 };
 
 struct SchedulerOptions {
@@ -77,10 +90,11 @@ struct SchedulerOptions {
   // At least 2. More let updates fall behind: they go on in the next forward, in the order of need.
   std::size_t ring_pieces = 8;
   std::size_t trace_spans = std::size_t{1} << 16;
+  // The disk tier's, if there is one. What lies on disk is uploaded through `disk_pieces` pinned pieces, and as many
+  // take what is saved there.
+  std::shared_ptr<Transfers> transfers = nullptr;
+  std::size_t disk_pieces = 4;
 };
-
-// Names one asynchronous transfer. 0 is a transfer that is already done.
-using Ticket = std::uint64_t;
 
 class Scheduler {
  public:
@@ -123,9 +137,21 @@ class Scheduler {
   Ticket fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes, StreamHandle stream,
                      Ticket after = 0);
 
+  // The same to and from disk, through pinned pieces (SchedulerOptions::transfers). The device memory that is saved may
+  // be used again after the ticket as above; what is fetched with `after` has been written by then.
+  Ticket save_input(std::int32_t chunk, std::shared_ptr<const Region> on_disk, const void* device, std::size_t bytes,
+                    StreamHandle stream);
+  Ticket fetch_input(std::int32_t chunk, void* device, std::shared_ptr<const Region> on_disk, std::size_t bytes,
+                     StreamHandle stream, Ticket after = 0);
+
   bool done(Ticket ticket);                       // the transfer has completed
   void wait(Ticket ticket, StreamHandle stream);  // `stream` waits for the transfer; blocks only until it is enqueued
   void synchronize_ticket(Ticket ticket);         // the calling thread waits for the transfer
+
+  // The chunk's weights lie elsewhere from now on, with the same content: in memory, or if `weight` is null, on disk.
+  // To be called after synchronize(), with no visit of the chunk under way. Throws Error(invalid_argument) for a region
+  // that is too small, or where there are no transfers.
+  void place_weight(std::uint32_t chunk, const void* weight, std::shared_ptr<const Region> on_disk);
 
   // The chunk's host plane was changed by the caller (after synchronize()): slot copies are stale.
   void invalidate(std::uint32_t chunk);

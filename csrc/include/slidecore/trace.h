@@ -2,6 +2,7 @@
 // A bounded record of what each lane did and when. Off by default; recording costs one short lock per entry.
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -58,7 +59,8 @@ class Trace {
   void enable();  // clears, and starts the clock at zero
   void disable();
   bool enabled() const { return enabled_.load(std::memory_order_relaxed); }
-  std::int64_t now_ns() const;      // since enable()
+  std::int64_t now_ns() const;                                              // since enable()
+  std::int64_t since_ns(std::chrono::steady_clock::time_point time) const;  // likewise
   void add(const Span& span);       // overwrites the oldest when full, and counts it as dropped
   std::vector<Span> spans() const;  // oldest first
   TraceSummary summary() const;

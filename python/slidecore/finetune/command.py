@@ -103,6 +103,20 @@ def finetune(
         str | None,
         typer.Option(help='Budget of device memory, such as "20GiB"; all of it if not given.', rich_help_panel=_ENGINE),
     ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help='Budget of host memory, such as "100GiB"; what does not fit goes to --disk.', rich_help_panel=_ENGINE
+        ),
+    ] = None,
+    disk: Annotated[
+        list[Path] | None,
+        typer.Option(help="A directory for swap files; once for each drive.", rich_help_panel=_ENGINE),
+    ] = None,
+    disk_memory: Annotated[
+        str | None,
+        typer.Option(help="What may lie there; all that the drives have if not given.", rich_help_panel=_ENGINE),
+    ] = None,
     compute_dtype: Annotated[
         str, typer.Option(help='"auto", "bfloat16" or "float32".', rich_help_panel=_ENGINE)
     ] = "auto",
@@ -154,6 +168,9 @@ def finetune(
         seed=seed,
         device=device,
         device_memory=device_memory,
+        host_memory=host_memory,
+        disk=tuple(disk or ()),
+        disk_memory=disk_memory,
         compute_dtype=compute_dtype,
         moments=moments,
         window=window,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import slidecore
+from slidecore.engine import Engine
 from slidecore.errors import InputError, MissingDependencyError, TrainingError
 from slidecore.finetune import output, resuming
 from slidecore.finetune.data import PackedData, find_files, pack
@@ -66,6 +67,7 @@ class _Run:
         self.step = 0  # that is being taken, or was taken last
         self.kept = 0  # the last one that is in a checkpoint
         self.saved = False  # the model
+        self._engine: Engine | None = None
         # Cheap checks first: each finds its error before the next, longer piece of work.
         try:
             self.files = find_files(options.data, options.glob)
@@ -93,6 +95,7 @@ class _Run:
                 self.saved = True
             evaluated = [(m.step, m.eval_loss) for m in training.history if m.eval_loss is not None]
             plot_loss(self.out.path / output.LOSS_PLOT, [m.loss for m in training.history], held_out=evaluated)
+            return self._summary(training, steps)
         except KeyboardInterrupt:
             raise self.interrupts.error(
                 f"interrupted; {self._lost()}, and no model was written", self._what_is_left()
@@ -106,7 +109,8 @@ class _Run:
             ) from error
         finally:
             self.out.release()
-        return self._summary(training, steps)
+            if self._engine is not None:
+                self._engine.close()  # the weights need not come back from disk
 
     def _prepare(self, scratch: Path) -> tuple[Training, int]:
         """Data, model and what trains it, with `steps` to train to; gone on from a checkpoint if there is one."""
@@ -123,6 +127,9 @@ class _Run:
         resumption = self._find_resumption()
         with progress.stage(f"Loading {self.checkpoint.parameters:,} parameters"):
             model = _load(self.checkpoint, options, resumption)
+            self._engine = engine_of(model)
+        if options.disk:
+            progress.say(self._engine.tiers.describe())
         training = Training(model, data, options, steps, held_out, lambda: self.interrupts.requested)
         if resumption is not None:
             with progress.stage(f"Going on from {resumption.path.name}"):
@@ -130,7 +137,8 @@ class _Run:
             self.step = self.kept = resumption.step
         saved = sum(p.numel() * p.element_size() for p in model.parameters())
         checkpoints = options.keep + 1 if options.save_every else 0
-        self.out.check_space(saved + checkpoints * slidecore.stats(model).planes_bytes)
+        state = slidecore.stats(model)
+        self.out.check_space(saved + checkpoints * (state.planes_bytes + state.disk_memory))
         if resumption is None:
             self.out.remove_earlier_run()
         return training, steps

@@ -32,6 +32,9 @@ class Options:
         assistant_only: for chats, take the loss on the assistant's tokens only.
         device: "auto", "cuda", "cuda:1", "hip" or "cpu" (the host backend).
         device_memory: budget such as "20GiB", or bytes; None: what the device has.
+        host_memory: budget of host memory such as "100GiB", or bytes; None: no limit, or what is available with `disk`.
+        disk: directories for swap files, one on each drive.
+        disk_memory: bytes that may lie there; None: what the drives have free.
         compute_dtype: "auto", "bfloat16" or "float32". "auto" is bfloat16 on a card, and on the host backend the one
             that this CPU multiplies faster.
         moments: what the optimizer's moments are kept in, "float32" or "8bit".
@@ -64,6 +67,9 @@ class Options:
     assistant_only: bool = False
     device: str = "auto"
     device_memory: str | int | None = None
+    host_memory: str | int | None = None
+    disk: tuple[Path, ...] = ()
+    disk_memory: str | int | None = None
     compute_dtype: str = "auto"
     moments: str = "float32"
     window: int = 2
@@ -119,6 +125,8 @@ class Options:
         for holds, name, value, allowed in rules:
             if not holds:
                 raise InputError(f"{name} is {value}", f"It has to be {allowed}.")
+        if self.disk_memory is not None and not self.disk:
+            raise InputError("--disk-memory is given without --disk", "Say where the swap files go with --disk DIR.")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run, --overwrite replaces it", "Give one of the two.")
         if self.eval_fraction and self.eval_data is not None:
@@ -138,6 +146,9 @@ class Options:
         return {
             "device": self.device,
             "device_memory": self.device_memory,
+            "host_memory": self.host_memory,
+            "disk": list(self.disk) or None,
+            "disk_memory": self.disk_memory,
             "moments": self.moments,
             "window": self.window,
             "micro_batch": self.micro_batch,

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,29 @@ def test_moments_in_8_bits_take_less_memory_and_learn_alike(options: Options) ->
     losses = [entry["loss"] for entry in _lines(options.out)]
     assert losses != wide_losses
     assert losses == pytest.approx(wide_losses, abs=0.05)
+
+
+def test_a_run_with_its_state_on_disk_is_the_same_run(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop.run(options)
+    expected, losses = load_file(options.out / "model.safetensors"), [e["loss"] for e in _lines(options.out)]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    on_disk = dataclasses.replace(options, disk=(disk,), host_memory=1, overwrite=True)
+    with pytest.raises(InputError, match=r"host_memory.* at least \d+ bytes") as error:
+        loop.run(on_disk)
+    least = re.search(r"at least (\d+) bytes", str(error.value))
+    assert least is not None
+    loop.run(dataclasses.replace(on_disk, host_memory=int(least[1])))
+    assert re.search(r"on disk: a step reads .* and writes .* written in 1000 steps", capsys.readouterr().out)
+    assert [e["loss"] for e in _lines(options.out)] == losses
+    saved = load_file(options.out / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert list(disk.iterdir()) == []
+    with pytest.raises(InputError, match="--disk-memory is given without --disk"):
+        dataclasses.replace(options, disk_memory="1GiB").check()
 
 
 def test_figures_of_an_earlier_run_do_not_stay(options: Options) -> None:

@@ -1,0 +1,129 @@
+"""Parts of planes, and saved inputs, in swap files."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+
+from slidecore import _core, calibration
+from slidecore.errors import BudgetError
+from slidecore.sizes import format_size
+from slidecore.tier_plan import Part
+
+logger = logging.getLogger("slidecore")
+
+
+class DiskStore:
+    """Swap files in some directories, and the regions of them that are in use.
+
+    Attributes:
+        transfers: of these files.
+        limit: bytes that regions may take together; None: what the drives have.
+        calibration: what `slidecore calibrate` found for these directories' drives, or None.
+    """
+
+    def __init__(self, directories: Sequence[str], limit: int | None) -> None:
+        """
+        Raises:
+            slidecore._core.Error: a directory cannot be used, or is in use.
+        """
+        self.limit = limit
+        self.calibration = calibration.load(directories)
+        self.storage = _core.Storage(list(directories))
+        try:
+            if self.calibration is None:
+                self.transfers = _core.Transfers(self.storage)
+            else:
+                chosen = self.calibration.chosen
+                # io_uring is the core's own first choice, where it is allowed; SLIDECORE_IO overrules both.
+                automatic = chosen.backend == "uring" or "SLIDECORE_IO" in os.environ
+                self.transfers = _core.Transfers(
+                    self.storage,
+                    backend="" if automatic else chosen.backend,
+                    block_bytes=chosen.block_bytes,
+                    queue_depth=chosen.queue_depth,
+                )
+        except BaseException:
+            self.storage.close()
+            raise
+        self._parts: dict[tuple[int, str], _core.Region] = {}
+        self._unwritten: set[tuple[int, str]] = set()
+        logger.info("disk tier: %s; %s", self.storage.describe(), self.transfers.describe())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all regions."""
+        return self.storage.allocated_bytes
+
+    def reserve(self, nbytes: int) -> None:
+        """Preallocates so many bytes in all, so that a lack of space shows now.
+
+        Raises:
+            slidecore._core.Error: a drive has not got them; the message says what each has.
+        """
+        if nbytes > self.storage.reserved_bytes:
+            self.storage.reserve(nbytes)
+
+    def allocate(self, name: str, nbytes: int) -> _core.Region:
+        """A new region; it goes with its last user.
+
+        Raises:
+            BudgetError: it would exceed the limit.
+            slidecore._core.Error: the drives are full.
+        """
+        if self.limit is not None and self.nbytes + nbytes > self.limit:
+            raise BudgetError(
+                f"disk_memory={format_size(self.limit)} ({self.limit} bytes) is used up: {format_size(self.nbytes)} "
+                f"are in use, and {name} needs {format_size(nbytes)} ({nbytes} bytes) more. Raise disk_memory or "
+                f"host_memory, or use a smaller batch"
+            )
+        return self.storage.allocate(name, nbytes)
+
+    def add(self, part: Part, name: str) -> None:
+        """Makes room for a part, which is zero until written."""
+        key = part.chunk, part.name
+        self._parts[key] = self.allocate(name, part.nbytes)
+        self._unwritten.add(key)
+
+    def remove(self, part: Part) -> None:
+        key = part.chunk, part.name
+        del self._parts[key]
+        self._unwritten.discard(key)
+
+    def region(self, chunk: int, name: str) -> _core.Region:
+        """Where a part lies."""
+        return self._parts[chunk, name]
+
+    def read(self, chunk: int, name: str, memory: torch.Tensor) -> None:
+        """Fills `memory`, of the part's size."""
+        if (chunk, name) in self._unwritten:
+            memory.zero_()
+        else:
+            self.transfers.wait(self.transfers.read(self._parts[chunk, name], 0, memory.data_ptr(), memory.nbytes))
+
+    def write(self, chunk: int, name: str, memory: torch.Tensor) -> None:
+        """Writes the whole part."""
+        self.transfers.wait(self.transfers.write(self._parts[chunk, name], 0, memory.data_ptr(), memory.nbytes))
+        self._unwritten.discard((chunk, name))
+
+    def write_zeros(self) -> None:
+        """Makes files hold what parts read as that were never written: updates read files."""
+        zeros = torch.zeros(16 << 20, dtype=torch.uint8)
+        for key in sorted(self._unwritten):
+            region = self._parts[key]
+            tickets = [
+                self.transfers.write(region, at, zeros.data_ptr(), min(zeros.nbytes, len(region) - at))
+                for at in range(0, len(region), zeros.nbytes)
+            ]
+            for ticket in tickets:
+                self.transfers.wait(ticket)
+        self._unwritten.clear()
+
+    def close(self) -> None:
+        """Removes the files. Nothing may be in flight."""
+        self._parts.clear()
+        self.transfers.close()
+        self.storage.close()

@@ -1,0 +1,344 @@
+"""Planes and saved inputs on disk: the same numbers wherever they lie, budgets that hold, errors that say enough."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slidecore
+import torch
+from _models import language_model, token_batches
+from _runs import Run
+from slidecore import _core, calibration, host_pressure, tiers
+from slidecore.offloading import engine_of
+from torch import nn
+
+Offload = Callable[..., nn.Module]
+# Small pieces, so that chunks pass through the stages in many of them.
+SMALL = {"piece_bytes": 4096, "ring_pieces": 4}
+
+
+def smallest(build: Callable[[], nn.Module], disk: Path, **options: Any) -> int:
+    """The smallest host_memory that works, as the error says it."""
+    with pytest.raises(slidecore.BudgetError, match=r"at least \d+ bytes") as error:
+        slidecore.offload(build(), device="cpu", host_memory=1, disk=disk, **SMALL, **options)
+    found = re.search(r"at least (\d+) bytes", str(error.value))
+    assert found is not None
+    return int(found[1])
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every plane, wherever it lies."""
+    engine = engine_of(model)
+    engine.drain()
+    copies = {}
+    for chunk in engine.chunks:
+        with engine.planes.borrowed(chunk) as parts:
+            copies |= {f"{chunk.name}, {name}": part.clone() for name, part in parts.items()}
+    return copies
+
+
+def assert_same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value.view(torch.uint8), theirs[name].view(torch.uint8)), name
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "overlap": {},
+    "clipped": {"optimizer": {"max_grad_norm": 0.5}},
+    "accumulated": {"accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_places_do_not_change_numbers(
+    offload: Offload, tmp_path: Path, dtype: torch.dtype, moments: str, mode: str
+) -> None:
+    """All in memory, all on disk, half of it, and budgets that change every other step: the same bits."""
+
+    def build() -> nn.Module:
+        return language_model("llama", layers=5, seed=3)
+
+    common = {"compute_dtype": dtype, "moments": moments, **SMALL}
+    batches = token_batches(8, batch=3, length=11)
+    plain = Run(build(), offload, **common, **MODES[mode])
+    losses = plain.train(batches)
+    expected = state(plain.model)
+    least = smallest(build, tmp_path, compute_dtype=dtype, moments=moments)
+    # What the optimizer adds later: gradients that wait, in float32 where they are added up.
+    gradients = sum(c.trainable_numel for c in engine_of(plain.model).chunks)
+    planes = sum(value.nbytes for value in expected.values())
+    widened = 4 if dtype == torch.bfloat16 else 0
+    least += {"overlap": 0, "clipped": dtype.itemsize, "accumulated": dtype.itemsize + widened}[mode] * gradients
+    least += 1 << 16
+    everything = least + planes + (1 << 20)
+
+    for budgets in ([least], [least + planes // 4], [least, everything, least + planes // 8]):
+        run = Run(build(), offload, host_memory=budgets[0], disk=tmp_path, **common, **MODES[mode])
+        seen = []
+        for i in range(0, len(batches), 2):
+            if len(budgets) > 1:
+                slidecore.set_budget(run.model, host_memory=budgets[i // 2 % len(budgets)])
+            limit = engine_of(run.model).tiers.host_memory
+            seen += run.train(batches[i : i + 2])
+            stats = slidecore.stats(run.model)
+            assert limit is not None
+            assert stats.host_memory <= limit
+            assert (stats.disk_memory > 0) == (limit != everything)
+        assert seen == losses
+        assert_same(state(run.model), expected)
+        slidecore.close(run.model)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("disk_only", [False, True])
+def test_saved_inputs_on_disk(offload: Offload, tmp_path: Path, disk_only: bool) -> None:
+    """Inputs of blocks go to disk where memory has no room, the first ones first, and come back as they were."""
+
+    def build() -> nn.Module:
+        return language_model("llama", layers=9, seed=4)
+
+    # A device budget that sends inputs away; micro-batches stay the same.
+    common = {"compute_dtype": torch.float32, "device_memory": 2_300_000, "micro_batch": 4, **SMALL}
+    batches = token_batches(5, batch=8, length=60)
+    plain = Run(build(), offload, **common)
+    losses, expected = plain.train(batches), state(plain.model)
+    inputs = slidecore.stats(plain.model).saved_inputs_bytes
+    assert inputs > 4 * 8 * 60 * 48 * 4
+
+    stats = slidecore.stats(plain.model)
+    unlimited = offload(build(), disk=tmp_path, **common)
+    fixed = slidecore.stats(unlimited).host_memory
+    slidecore.close(unlimited)
+    budget = fixed + (0 if disk_only else inputs // 2)
+    run = Run(build(), offload, host_memory=budget, disk=tmp_path, **common)
+    assert engine_of(run.model).tiers.on_disk == frozenset()
+    assert run.train(batches) == losses
+    assert_same(state(run.model), expected)
+    mine = slidecore.stats(run.model)
+    assert mine.host_memory <= budget
+    assert (mine.saved_inputs_bytes == 0) == disk_only
+    assert mine.disk_memory >= inputs // 2
+    assert mine.planes_bytes == stats.planes_bytes
+
+
+def test_inputs_without_a_disk_are_held_to_the_budget(offload: Offload) -> None:
+    options = {"compute_dtype": torch.float32, "device_memory": 2_300_000, "micro_batch": 4, **SMALL}
+    fixed = slidecore.stats(offload(language_model("llama", layers=9), **options)).host_memory
+    run = Run(language_model("llama", layers=9), offload, host_memory=fixed, **options)
+    with pytest.raises(slidecore.BudgetError, match=r"saved for backward.*Raise host_memory"):
+        run.train(token_batches(1, batch=8, length=60))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_inference_from_disk(offload: Offload, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Weights that memory has no room for are read as they are needed."""
+
+    def build() -> nn.Module:
+        return language_model("llama", layers=5, seed=6).to(dtype).eval()
+
+    options = {"train": False, "compute_dtype": dtype}
+    prompt = torch.randint(3, 101, (2, 5))
+    arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    plain = offload(build(), **options)
+    expected = plain.generate(prompt, **arguments)
+    least = smallest(build, tmp_path, **options)
+    model = offload(build(), host_memory=least, disk=tmp_path, **options, **SMALL)
+    assert slidecore.stats(model).planes_bytes < slidecore.stats(plain).planes_bytes // 4
+    assert torch.equal(model.generate(prompt, **arguments), expected)
+    counters = slidecore.stats(model).disk_counters
+    weights = sum(p.numel() * dtype.itemsize for p in model.parameters())
+    assert counters["read_bytes"] >= 6 * (weights - slidecore.stats(model).planes_bytes - 2 * 48 * dtype.itemsize * 101)
+    name = "model.layers.2.mlp.up_proj.weight"
+    assert torch.equal(slidecore.master_parameter(model, name), dict(build().named_parameters())[name].float())
+
+
+def test_checkpoints_of_what_lies_on_disk(offload: Offload, tmp_path: Path) -> None:
+    """Saved from disk and from memory alike, and resumed with another budget: as if it had never stopped."""
+
+    def build() -> nn.Module:
+        return language_model("llama", layers=5, seed=7)
+
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    batches = token_batches(6, batch=2, length=9)
+    common = {"compute_dtype": torch.bfloat16, **SMALL}
+    plain = Run(build(), offload, **common)
+    plain.train(batches)
+    least = smallest(build, disk, compute_dtype=torch.bfloat16)
+    run = Run(build(), offload, host_memory=least, disk=disk, **common)
+    run.train(batches[:3])
+    slidecore.save_checkpoint(run.model, run.optimizer, tmp_path / "saved")
+    slidecore.close(run.model)
+    again = Run(language_model("llama", layers=5, seed=8), offload, host_memory=least * 2, disk=disk, **common)
+    slidecore.load_checkpoint(again.model, again.optimizer, tmp_path / "saved")
+    again.train(batches[3:])
+    assert_same(state(again.model), state(plain.model))
+    slidecore.close(again.model)
+    # Closing brings the weights back.
+    for mine, theirs in zip(again.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_traffic_is_what_was_foretold(offload: Offload, tmp_path: Path) -> None:
+    """A step reads and writes what the report says; weights in memory, so that nothing depends on the window."""
+    plain = offload(language_model("llama", layers=5), compute_dtype=torch.bfloat16, **SMALL)
+    weights = sum(engine_of(plain).planes.weight.of(c).nbytes for c in engine_of(plain).chunks)
+    least = smallest(lambda: language_model("llama", layers=5), tmp_path, compute_dtype=torch.bfloat16)
+    run = Run(
+        language_model("llama", layers=5), offload, host_memory=least + weights + 100_000, disk=tmp_path,
+        compute_dtype=torch.bfloat16, **SMALL,
+    )  # fmt: skip
+    run.train(token_batches(1))
+    slidecore.synchronize(run.model)
+    before = slidecore.stats(run.model).disk_counters
+    run.train(token_batches(3))
+    slidecore.synchronize(run.model)
+    after = slidecore.stats(run.model).disk_counters
+    traffic = engine_of(run.model).tiers.traffic()
+    assert {p.name for p in engine_of(run.model).tiers.on_disk} >= {"exp_avg", "exp_avg_sq", "residual"}
+    assert "weight" not in {p.name for p in engine_of(run.model).tiers.on_disk}
+    assert after["read_bytes"] - before["read_bytes"] == 3 * traffic.read_bytes > 0
+    assert after["written_bytes"] - before["written_bytes"] == 3 * traffic.written_bytes > 0
+    assert "in 1000 steps" in traffic.describe()
+
+
+def test_a_machine_short_of_memory(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Planes go down by themselves, with a warning; the numbers stay, and a budget brings the planes back."""
+    batches = token_batches(6)
+    plain = Run(language_model("llama"), offload, compute_dtype=torch.float32)
+    losses = plain.train(batches)
+    run = Run(language_model("llama"), offload, compute_dtype=torch.float32, disk=tmp_path, **SMALL)
+    seen = run.train(batches[:2])
+    monkeypatch.setattr(tiers, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(host_pressure, "low_water", lambda: 300_000)
+    monkeypatch.setattr(host_pressure, "available_memory", lambda: 200_000)
+    before = slidecore.stats(run.model).host_memory
+    with caplog.at_level("WARNING", "slidecore"):
+        seen += run.train(batches[2:3])
+    assert "short of memory" in caplog.text
+    assert "set_budget" in caplog.text
+    assert slidecore.stats(run.model).host_memory <= before - 400_000
+    monkeypatch.setattr(host_pressure, "available_memory", lambda: 1 << 40)
+    seen += run.train(batches[3:4])
+    assert slidecore.stats(run.model).disk_memory > 0
+    slidecore.set_budget(run.model, host_memory="1GiB")
+    seen += run.train(batches[4:])
+    assert slidecore.stats(run.model).disk_memory == 0
+    assert seen == losses
+    assert_same(state(run.model), state(plain.model))
+
+
+def test_pressure_is_what_the_kernel_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = host_pressure.low_water()
+    assert 0 < low < host_pressure.available_memory()
+    told = tmp_path / "memory"
+    monkeypatch.setattr(host_pressure, "_PRESSURE", told)
+    assert host_pressure.stalled_share() == 0
+    quiet = host_pressure.low_water()
+    told.write_text("some avg10=55.00 avg60=1.00 avg300=0 total=9\nfull avg10=12.50 avg60=0.00 avg300=0 total=7\n")
+    assert host_pressure.stalled_share() == 0.125
+    assert host_pressure.low_water() == 2 * quiet
+
+
+def test_a_calibration_is_used(offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SLIDECORE_IO", raising=False)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    point = calibration.Point("threads", 1 << 19, 3, 2.0, 1.0, 0.1, 0.1)
+    made = calibration.Calibration(point, [point], [], "", "", 1)
+    calibration.save(made, [str(disk)])
+    least = smallest(lambda: language_model("llama"), disk)
+    model = offload(language_model("llama"), host_memory=least, disk=disk, **SMALL)
+    store = engine_of(model).tiers.store
+    assert store is not None
+    assert (store.transfers.backend, store.transfers.block_bytes, store.transfers.queue_depth) == (
+        "threads",
+        1 << 19,
+        3,
+    )
+    traffic = engine_of(model).tiers.traffic()
+    assert traffic.seconds == pytest.approx(traffic.read_bytes / 2e9 + traffic.written_bytes / 1e9)
+    assert "the disk needs" in traffic.describe()
+
+
+def test_a_file_truncated_under_us(offload: Offload, tmp_path: Path) -> None:
+    """The next call says which file, and where in it."""
+    least = smallest(lambda: language_model("llama"), tmp_path)
+    run = Run(language_model("llama"), offload, host_memory=least, disk=tmp_path, **SMALL)
+    batches = token_batches(3)
+    run.train(batches[:1])
+    slidecore.synchronize(run.model)
+    (swap,) = tmp_path.glob("slidecore-swap*.bin")
+    os.truncate(swap, 4096)
+    with pytest.raises(_core.Error, match=rf"offset \d+ of {re.escape(str(swap))}.*truncated"):
+        run.train(batches[1:])
+    with pytest.raises(_core.Error):
+        run.train(batches[2:])
+    with pytest.raises(_core.Error):  # its weights are lost
+        slidecore.close(run.model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_budgets_and_directories(offload: Offload, tmp_path: Path) -> None:
+    model = language_model("llama")
+    with pytest.raises(slidecore.BudgetError, match=r"host_memory=.*at least \d+ bytes.*disk="):
+        offload(model, host_memory="100KB")
+    with pytest.raises(slidecore.BudgetError, match=r"disk_memory=.*have to lie on disk"):
+        offload(model, host_memory=smallest(lambda: model, tmp_path), disk=tmp_path, disk_memory=4096, **SMALL)
+    with pytest.raises(_core.Error, match="missing"):
+        offload(model, disk=tmp_path / "missing")
+    with pytest.raises(ValueError, match="disk_memory= needs disk="):
+        offload(model, disk_memory="1GiB")
+    with pytest.raises(ValueError, match="host_memory='many'"):
+        offload(model, host_memory="many")
+    assert list(tmp_path.iterdir()) == []
+    first = offload(model, disk=tmp_path, **SMALL)  # nothing was changed by the failures
+    with pytest.raises(_core.Error, match=str(os.getpid())):
+        offload(language_model("llama"), disk=tmp_path)
+    with pytest.raises(slidecore.BudgetError):
+        slidecore.set_budget(first, host_memory=1)
+    with pytest.raises(slidecore.UsageError, match="disk=\\[directory"):
+        slidecore.set_budget(offload(language_model("llama")), disk_memory=1)
+    loss = first(**token_batches(1)[0]).loss
+    with pytest.raises(slidecore.UsageError, match="between steps"):
+        slidecore.set_budget(first, host_memory="1GiB")
+    del loss
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+import slidecore
+from _models import language_model
+slidecore.offload(
+    language_model("llama"), device="cpu", disk=sys.argv[1], host_memory=int(sys.argv[3]), piece_bytes=4096,
+    ring_pieces=4,
+)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_files_of_a_killed_process_go(offload: Offload, tmp_path: Path) -> None:
+    least = smallest(lambda: language_model("llama"), tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent), str(least)], check=False, timeout=120
+    )
+    assert ended.returncode == -signal.SIGKILL
+    left = {path.name for path in tmp_path.glob("*.bin")}
+    assert left
+    offload(language_model("llama"), disk=tmp_path)
+    assert not left & {path.name for path in tmp_path.glob("*.bin")}
