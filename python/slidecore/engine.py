@@ -178,7 +178,7 @@ class Engine:
         backend, compute_dtype, train, window = self.backend, self.compute_dtype, self.train, self.window
         self.pool = _core.ThreadPool(threads)
         self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train, moments, self.tiers.is_on_disk)
-        if self.tiers.store is not None:  # otherwise a part that is not in memory is an error
+        if self.tiers.store is not None:
             self.planes.fetch, self.planes.store = self.tiers.fetch, self.tiers.put
         for _, parameter in kept.values():
             parameter.data = parameter.data.to(backend.torch_device)

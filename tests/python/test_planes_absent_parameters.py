@@ -89,6 +89,8 @@ def test_parameters_keep_their_form(offload: Offload, tmp_path: Path) -> None:
     with torch._C.DisableTorchFunctionSubclass():  # as C++ code would see it
         assert weight.detach().isnan().all()
         assert weight.detach().untyped_storage().nbytes() == 2
+        with pytest.raises(RuntimeError, match="single memory location"):
+            weight.detach().copy_(torch.ones(13, 7))
     engine = engine_of(model)
     for chunk in engine.chunks:
         if not engine.planes.weight.present(chunk):
