@@ -91,6 +91,20 @@ def initial_values(model: nn.Module, seed: int, device: torch.device) -> Iterato
         yield name, initial_value(name, parameter.size(), seed, device)
 
 
+def fill(model: nn.Module, seed: int, device: torch.device) -> None:
+    """Sets the starting values of an offloaded model, chunk by chunk: what lies on disk is written once."""
+    import slidecore
+    from slidecore.offloading import engine_of
+
+    engine = engine_of(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for chunk in engine.chunks:
+        with engine.planes.borrowed_masters(chunk, fresh=True):
+            for entry in chunk.entries:
+                name = names[id(entry.parameter)]
+                slidecore.assign_parameter(model, name, initial_value(name, entry.shape, seed, device))
+
+
 def tokens(shape: Shape, batch: int, seed: int, device: torch.device) -> torch.Tensor:
     """The token ids of a batch: the same for every system, and the same in every step, so that the loss must fall."""
     generator = torch.Generator(device="cpu")

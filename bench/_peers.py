@@ -112,6 +112,10 @@ class System:
         """Returns when every step taken so far is complete, its update included."""
         raise NotImplementedError
 
+    def moved(self) -> dict[str, int]:
+        """What was moved to and from disk so far; most systems have no disk."""
+        return {}
+
     def facts(self) -> dict[str, Any]:
         """What the system itself reports after a run."""
         return {}

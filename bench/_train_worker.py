@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _disk
 import _model
 import _peers
 import torch
@@ -37,8 +38,7 @@ class Slidecore(_peers.System):
         self.parameters = _model.parameter_count(model)
         settings: dict[str, Any] = {"device": str(device), "compute_dtype": torch.bfloat16, **options}
         self._model: Any = slidecore.offload(model, **settings)
-        for name, value in _model.initial_values(model, seed, device):
-            slidecore.assign_parameter(model, name, value.cpu())
+        _model.fill(model, seed, device)
         self._optimizer = slidecore.AdamW(self._model.parameters(), **optimizer)
         self.notes = {key: str(value) for key, value in {**settings, "optimizer": optimizer}.items()}
 
@@ -75,10 +75,19 @@ class Slidecore(_peers.System):
             print(f"slidecore: no picture of the lanes: {error.message}", file=sys.stderr)
         return trace.summary
 
+    def moved(self) -> dict[str, int]:
+        return self._slidecore.stats(self._model).disk_counters  # type: ignore[no-any-return]
+
     def facts(self) -> dict[str, Any]:
         from slidecore import _core
+        from slidecore.offloading import engine_of
 
+        tiers = engine_of(self._model).tiers
+        disk = {}
+        if tiers.store is not None:
+            disk = {"tiers": tiers.describe(), "disk_gb_per_s": _disk.measure_rates(tiers.store)}
         return {
+            **disk,
             "stats": _plain(self._slidecore.stats(self._model)),
             "instruction_set": _core.instruction_set(),
             "host_planes_peak_bytes": _core.HostBuffer.mapped_peak(),
@@ -153,6 +162,7 @@ def run_batch(
         torch.cuda.reset_peak_memory_stats(device)
     losses = [system.step(ids) for _ in range(warmup)]
     system.synchronize()
+    before = system.moved()
     stamps = _Stamps(device)
     start = time.perf_counter()
     stamps.mark()
@@ -163,6 +173,7 @@ def run_batch(
     window = time.perf_counter() - start
     each = stamps.intervals()
     memory = _device_memory(device)
+    after = system.moved()
     tokens = batch * shape.sequence
     values = [float(loss) for loss in losses]
     return {
@@ -182,6 +193,7 @@ def run_batch(
         "losses": values,
         "losses_finite": _model.finite(values),
         "device_memory": memory,
+        **({"disk": _disk.per_step(before, after, steps, window)} if after else {}),
     }
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from _machine import core_facts, emit, log, machine
-from _model import Shape, build_empty, describe, initial_values
+from _model import Shape, build_empty, describe, fill
 
 CONFIGS = {
     "tiny": Shape(64, 4, 4, 2, 128, 512, False, 64),
@@ -64,8 +64,7 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any]:
     dtype = getattr(torch, arguments.compute_dtype)
     slidecore.offload(model, device=arguments.device, compute_dtype=dtype, device_memory=arguments.device_memory)
     engine = engine_of(model)
-    for name, value in initial_values(model, arguments.seed, engine.backend.torch_device):
-        slidecore.assign_parameter(model, name, value)
+    fill(model, arguments.seed, engine.backend.torch_device)
     optimizer = slidecore.AdamW(model.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(arguments.seed)
     noise = torch.empty(1 << 20).uniform_(1e-9, 1e-3, generator=generator)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _disk import limit_seconds
 from _machine import emit, log, machine
 from _memory import HostMemorySampler, used_bytes
 
@@ -26,6 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "slidecore-clipped": {"optimizer": {"max_grad_norm": 1.0}},
     "slidecore-8bit": {"moments": "8bit"},
     "slidecore-8bit-clipped": {"moments": "8bit", "optimizer": {"max_grad_norm": 1.0}},
+    "slidecore-disk": {},  # and --disk-options
+    "slidecore-8bit-disk": {"moments": "8bit"},
 }
 
 # The shape of --quick: seconds on two processors.
@@ -90,6 +93,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--trace", metavar="DIR", help="write slidecore's lanes over two steps there, per batch")
     run.add_argument("--micro-batch", type=int, help="slidecore's sequences in a micro-batch")
     run.add_argument("--slidecore-options", type=_options, default={}, help="JSON: more arguments of slidecore.offload")
+    run.add_argument(
+        "--disk-options",
+        type=_options,
+        default={},
+        help='JSON of the systems that end in -disk: {"host_memory": "8GiB", "disk": "/mnt/nvme0"}',
+    )
     run.add_argument("--resident-options", type=_options, default={}, help="JSON: micro_batch, recompute, tile")
     run.add_argument("--fsdp2-options", type=_options, default={}, help="JSON: as resident, and reduce_dtype")
     run.add_argument("--timeout", type=float, default=1800.0, help="seconds a system may take in all")
@@ -135,6 +144,8 @@ def _system_options(arguments: argparse.Namespace, system: str) -> dict[str, Any
             if value is not None:
                 options[key] = value
         options.update(VARIANTS.get(system, {}))
+        if system.endswith("-disk"):
+            options.update(arguments.disk_options)
         options.update(arguments.slidecore_options)
     return options
 
@@ -242,6 +253,12 @@ def _take_event(event: dict[str, Any], result: dict[str, Any], sampler: HostMemo
         return True
     elif kind == "done":
         result["facts"] = event["facts"]
+        rates = event["facts"].get("disk_gb_per_s")
+        for batch in result["batches"].values() if rates else ():
+            limit = limit_seconds(batch["disk"], rates)
+            share = limit / batch["seconds_per_step"]["mean"]
+            batch["disk"] |= {"limit_s": limit, "limit_over_step": share}
+            log(f"{system}: batch {batch['batch']}: the disk alone needs {limit:.3f} s, {share:.0%} of the step")
         return True
     return False
 

@@ -29,7 +29,7 @@ class AbsentParameter(nn.Parameter):
     A parameter becomes one, and what it was again, by its class, as PyTorch's own uninitialized parameters do: it stays
     the same object, which modules, optimizers and hooks hold. (A tensor on "meta" cannot be assigned to `.data` of one
     on the CPU, and reading a CPU tensor whose storage was freed ends the process.) Code that gets past this class would
-    read NaN from a single element in all places, into which nothing can be written.
+    read NaN from a single element in all places, into which PyTorch copies nothing.
     """
 
     _slidecore_name: str

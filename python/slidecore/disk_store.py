@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -38,8 +39,13 @@ class DiskStore:
                 self.transfers = _core.Transfers(self.storage)
             else:
                 chosen = self.calibration.chosen
+                # io_uring is the core's own first choice, where it is allowed; SLIDECORE_IO overrules both.
+                automatic = chosen.backend == "uring" or "SLIDECORE_IO" in os.environ
                 self.transfers = _core.Transfers(
-                    self.storage, block_bytes=chosen.block_bytes, queue_depth=chosen.queue_depth
+                    self.storage,
+                    backend="" if automatic else chosen.backend,
+                    block_bytes=chosen.block_bytes,
+                    queue_depth=chosen.queue_depth,
                 )
         except BaseException:
             self.storage.close()

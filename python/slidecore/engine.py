@@ -179,7 +179,8 @@ class Engine:
         backend, compute_dtype, train, window = self.backend, self.compute_dtype, self.train, self.window
         self.pool = _core.ThreadPool(threads)
         self.planes = Planes(backend.core, self.pool, self.chunks, compute_dtype, train, moments, self.tiers.is_on_disk)
-        self.planes.fetch, self.planes.store = self.tiers.fetch, self.tiers.put
+        if self.tiers.store is not None:
+            self.planes.fetch, self.planes.store = self.tiers.fetch, self.tiers.put
         for _, parameter in kept.values():
             parameter.data = parameter.data.to(backend.torch_device)
         backend.hold(self._kept_bytes)

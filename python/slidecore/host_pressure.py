@@ -8,6 +8,8 @@ from slidecore import machine_checks
 
 # Below this share of the machine's (or the control group's) memory, planes go down by themselves.
 LOW_SHARE, LEAST_LOW = 0.03, 512 << 20
+MUCH_STALLING = 0.05
+_PRESSURE = Path("/proc/pressure/memory")
 
 
 def available_memory() -> int:
@@ -17,9 +19,24 @@ def available_memory() -> int:
 
 
 def low_water() -> int:
-    """Bytes of available memory below which the machine counts as short of it."""
+    """Bytes of available memory below which the machine counts as short of it: twice as many while programs stall."""
     sizes = [_total_memory(), *(limit for limit, _ in _group_memory())]
-    return max(LEAST_LOW, int(min(sizes) * LOW_SHARE))
+    low = max(LEAST_LOW, int(min(sizes) * LOW_SHARE))
+    return 2 * low if stalled_share() > MUCH_STALLING else low
+
+
+def stalled_share() -> float:
+    """Of the last ten seconds, the share in which all programs waited for memory (pressure stall information).
+
+    0 where the kernel does not tell.
+    """
+    try:
+        for line in _PRESSURE.read_text().splitlines():
+            if line.startswith("full "):
+                return float(line.split("avg10=")[1].split()[0]) / 100
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0.0
 
 
 def _total_memory() -> int:

@@ -159,7 +159,7 @@ class Tiers:
             raise UsageError("disk_memory= is for a model that was offloaded with disk=[directory, ...]")
         host = self.host_memory if host_memory is None else host_memory
         most = disk_memory if disk_memory is not None or self.store is None else self.store.limit
-        target = self._plan(host, most)
+        target = self._plan(self.limit() if host_memory is None else host_memory, most)
         if host_memory is not None:
             self._ceiling = None
         before = self.host_memory, self.store.limit if self.store is not None else None

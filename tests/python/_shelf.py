@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from _models import Stack
-from slidecore import _core
+from slidecore import _core, plane
 from slidecore.offloading import engine_of
 from slidecore.partition import Chunk
 from slidecore.planes import Planes
@@ -34,7 +36,7 @@ class Shelf:
         self.stored: Counter[Part] = Counter()
         self.most_memory = 0
         self._stale: list[torch.Tensor] = []
-        self._mapped = 0
+        self._temporary: list[weakref.ref[_core.HostBuffer]] = []
         planes.fetch, planes.store = self.fetch, self.store
 
     def take(self, chunk: Chunk, name: str) -> None:
@@ -61,22 +63,34 @@ class Shelf:
         self.bytes[chunk.index, name] = raw(part).clone()
 
     def _notice(self) -> None:
-        self.most_memory = max(self.most_memory, _core.HostBuffer.mapped_now() - self._mapped)
+        self.most_memory = max(self.most_memory, self._memory())
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Counts from here on; at the end no temporary memory is left."""
         self.fetched.clear()
         self.stored.clear()
-        self.most_memory, self._mapped = 0, _core.HostBuffer.mapped_now()
-        gc.disable()  # what earlier models have left is not to go meanwhile, and nothing here may wait for that
+        self.most_memory = 0
+        self._temporary.clear()
+        plane._core = SimpleNamespace(HostBuffer=self._allocate)  # type: ignore[assignment]
+        gc.disable()  # nothing here may wait for it
         try:
             yield
         finally:
             gc.enable()
-        if _core.HostBuffer.mapped_now() > self._mapped:
+            plane._core = _core  # type: ignore[assignment]
+        if self._memory():
             gc.collect()  # the traceback of an exception
-        assert _core.HostBuffer.mapped_now() <= self._mapped
+        assert not self._memory()
+
+    def _allocate(self, device: _core.Device, nbytes: int, pinned: bool) -> _core.HostBuffer:
+        buffer = _core.HostBuffer(device, nbytes, pinned)
+        if not pinned:  # a part that comes back into memory is
+            self._temporary.append(weakref.ref(buffer))
+        return buffer
+
+    def _memory(self) -> int:
+        return sum(len(buffer) for reference in self._temporary if (buffer := reference()) is not None)
 
     def once(self) -> Counter[Part]:
         """Counts of one for every part that is here."""
@@ -127,5 +141,5 @@ settings = pytest.mark.parametrize(
 
 
 def chunk_bytes(chunks: Iterable[Chunk], planes: Planes) -> int:
-    """What all parts of the largest chunk take, in whole pages."""
-    return max(sum(-(-form.nbytes // 4096) * 4096 for form in planes.forms(chunk).values()) for chunk in chunks)
+    """What all parts of the largest chunk take."""
+    return max(sum(form.nbytes for form in planes.forms(chunk).values()) for chunk in chunks)

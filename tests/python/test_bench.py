@@ -87,18 +87,24 @@ def test_train_systems_compute_the_same() -> None:
             assert comparison["against resident"]["speedup_mean"] > 0
 
 
-def test_train_records_a_failing_system_and_goes_on() -> None:
+def test_train_records_a_failing_system_and_goes_on(tmp_path: Path) -> None:
     require_engine()
     require_transformers()
+    disk = json.dumps({"host_memory": 3_300_000, "disk": str(tmp_path)})
     document = run(
         "train.py", "--quick", "--device", "cpu", "--tied", "--lr", "1e-3",
-        "--fsdp2-options", '{"no_such_option": 1}', "--systems", "fsdp2-offload,resident,slidecore", code=1,
+        "--fsdp2-options", '{"no_such_option": 1}', "--disk-options", disk,
+        "--systems", "fsdp2-offload,resident,slidecore,slidecore-disk", code=1,
     )  # fmt: skip
     assert "no_such_option" in document["systems"]["fsdp2-offload"]["error"]
-    for name in ("resident", "slidecore"):
+    for name in ("resident", "slidecore", "slidecore-disk"):
         check_system(document["systems"][name], [2, 4], losses=4)
     for comparison in document["compared"]["slidecore"].values():
         assert comparison["against resident"]["loss_max_difference"] < 5e-3
+    for batch, result in document["systems"]["slidecore-disk"]["batches"].items():
+        assert result["losses"] == document["systems"]["slidecore"]["batches"][batch]["losses"]
+        assert result["disk"]["read_bytes"] >= result["disk"]["written_bytes"] > 0
+        assert result["disk"]["limit_over_step"] > 0
 
 
 def test_adamw() -> None:

@@ -16,7 +16,7 @@ import slidecore
 import torch
 from _models import language_model, token_batches
 from _runs import Run
-from slidecore import _core, host_pressure, tiers
+from slidecore import _core, calibration, host_pressure, tiers
 from slidecore.offloading import engine_of
 from torch import nn
 
@@ -239,6 +239,40 @@ def test_a_machine_short_of_memory(
     assert slidecore.stats(run.model).disk_memory == 0
     assert seen == losses
     assert_same(state(run.model), state(plain.model))
+
+
+def test_pressure_is_what_the_kernel_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = host_pressure.low_water()
+    assert 0 < low < host_pressure.available_memory()
+    told = tmp_path / "memory"
+    monkeypatch.setattr(host_pressure, "_PRESSURE", told)
+    assert host_pressure.stalled_share() == 0
+    quiet = host_pressure.low_water()
+    told.write_text("some avg10=55.00 avg60=1.00 avg300=0 total=9\nfull avg10=12.50 avg60=0.00 avg300=0 total=7\n")
+    assert host_pressure.stalled_share() == 0.125
+    assert host_pressure.low_water() == 2 * quiet
+
+
+def test_a_calibration_is_used(offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SLIDECORE_IO", raising=False)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    point = calibration.Point("threads", 1 << 19, 3, 2.0, 1.0, 0.1, 0.1)
+    made = calibration.Calibration(point, [point], [], "", "", 1)
+    calibration.save(made, [str(disk)])
+    least = smallest(lambda: language_model("llama"), disk)
+    model = offload(language_model("llama"), host_memory=least, disk=disk, **SMALL)
+    store = engine_of(model).tiers.store
+    assert store is not None
+    assert (store.transfers.backend, store.transfers.block_bytes, store.transfers.queue_depth) == (
+        "threads",
+        1 << 19,
+        3,
+    )
+    traffic = engine_of(model).tiers.traffic()
+    assert traffic.seconds == pytest.approx(traffic.read_bytes / 2e9 + traffic.written_bytes / 1e9)
+    assert "the disk needs" in traffic.describe()
 
 
 def test_a_file_truncated_under_us(offload: Offload, tmp_path: Path) -> None:
