@@ -271,6 +271,7 @@ def heads_of(meter: Meter, arguments: argparse.Namespace, weight: torch.Tensor, 
     hidden = torch.randn(tokens, width, device=device).to(torch.bfloat16).requires_grad_()
     labels = torch.randint(0, len(weight), (tokens,), device=device)
     words = [word for word in arguments.systems.split(",") if word]
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
     systems: dict[str, Any] = {}
 
     def clear() -> None:
@@ -288,47 +289,46 @@ def heads_of(meter: Meter, arguments: argparse.Namespace, weight: torch.Tensor, 
             value.backward()
             return value.detach()
 
-        systems[name] = one_head(meter, name, step, clear, tuple(hidden.shape), len(weight))
+        systems[name] = try_head(meter, name, step, clear, (tokens, width))
+        if "error" not in systems[name]:
+            calls[name] = step
         clear()
         meter.free()
+    # In turns, each round beginning with the next: a card that gets warm and clocks down meets all alike.
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(2 if not meter.on_card else max(3, min(8, 65_536 // tokens))):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name] += meter.seconds(calls[name], 1, warmup=1)
+            clear()
+            meter.free()
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        rate = 6.0 * tokens * width * len(weight) / median / 1e12
+        systems[name].update(seconds={"median": median, "min": min(times), "all": times}, tflop_per_s=rate)
+        peak, value = systems[name]["peak_bytes"], systems[name]["loss"]
+        gib = "" if peak is None else f", peak {peak / 2**30:.3f} GiB"
+        log(f"{tokens} x {width}, {name}: {median * 1e3:.2f} ms, {rate:.0f} TFLOP/s{gib}, loss {value:.5f}")
     return systems
 
 
-def one_head(
-    meter: Meter,
-    name: str,
-    step: Callable[[], torch.Tensor],
-    clear: Callable[[], None],
-    shape: tuple[int, ...],
-    vocabulary: int,
+def try_head(
+    meter: Meter, name: str, step: Callable[[], torch.Tensor], clear: Callable[[], None], shape: tuple[int, int]
 ) -> dict[str, Any]:
-    tokens, width = shape
-    repeats = 2 if not meter.on_card else max(3, min(8, 65_536 // tokens))
+    """Its loss and its peak, or its error."""
     try:
         value = float(step())  # compiles what has to be
-        seconds = meter.seconds(step, repeats, warmup=1)
         clear()  # gradients are part of what the step needs
-        peak = meter.peak_bytes(step)
+        return {"peak_bytes": meter.peak_bytes(step), "loss": value}
     except torch.OutOfMemoryError:
-        log(f"{tokens} x {width}, {name}: out of memory")
+        log(f"{shape[0]} x {shape[1]}, {name}: out of memory")
         return {"error": "out of memory"}
     except Exception as error:  # a peer that does not run is no failure of ours
-        log(f"{tokens} x {width}, {name}: {type(error).__name__}: {error}")
+        log(f"{shape[0]} x {shape[1]}, {name}: {type(error).__name__}: {error}")
         if name.startswith("slidecore"):
             raise
         return {"error": f"{type(error).__name__}: {error}"}
-    median = statistics.median(seconds)
-    flops = 6.0 * tokens * width * vocabulary
-    gib = "" if peak is None else f", peak {peak / 2**30:.3f} GiB"
-    log(
-        f"{tokens} x {width}, {name}: {median * 1e3:.2f} ms, {flops / median / 1e12:.0f} TFLOP/s{gib}, loss {value:.5f}"
-    )
-    return {
-        "seconds": {"median": median, "min": min(seconds), "all": seconds},
-        "peak_bytes": peak,
-        "tflop_per_s": flops / median / 1e12,
-        "loss": value,
-    }
 
 
 # Ahead in one of time and memory, and behind by no more than this in the other.
