@@ -28,7 +28,7 @@ Ticket WorkQueue::push(std::unique_ptr<Transfer> transfer, std::vector<Piece> pi
   transfer->pieces_left = pieces.size();
   for (Piece& piece : pieces) {
     piece.transfer = transfer.get();
-    waiting_[piece.drive].push_back(piece);
+    lanes_[piece.drive][transfer->write].waiting.push_back(piece);
   }
   transfers_.emplace(ticket, std::move(transfer));
   ++next_ticket_;
@@ -72,7 +72,7 @@ void WorkQueue::check() {
 void WorkQueue::stop() {
   const std::lock_guard lock(mutex_);
   stopping_ = true;
-  for (auto& pieces : waiting_) pieces.clear();
+  drop_waiting();
   work_.notify_all();
   changed_.notify_all();
   wake_locked();
@@ -83,14 +83,29 @@ Transfers::Counters WorkQueue::counters() const {
   return counters_;
 }
 
+void WorkQueue::drop_waiting() {
+  for (auto& directions : lanes_) {
+    for (Direction& direction : directions) direction.waiting.clear();
+  }
+}
+
 std::optional<Piece> WorkQueue::next(std::uint32_t drive) {
-  auto& pieces = waiting_[drive];
+  // In order of arrival a burst of reads would be followed by a burst of writes, and so on: whoever reads, works and
+  // writes in a few buffers falls into that step. Most drives do more with both under way.
+  const std::size_t first = lanes_[drive][0].under_way <= lanes_[drive][1].under_way ? 0 : 1;
+  std::optional<Piece> piece = next(lanes_[drive][first]);
+  return piece ? piece : next(lanes_[drive][1 - first]);
+}
+
+std::optional<Piece> WorkQueue::next(Direction& direction) {
+  auto& pieces = direction.waiting;
   const auto ready = std::find_if(pieces.begin(), pieces.end(), [&](const Piece& piece) {
     return !piece.merged || !merging_.contains(block_of(piece));
   });
   if (ready == pieces.end()) return std::nullopt;
   Piece piece = *ready;
   pieces.erase(ready);
+  ++direction.under_way;
   if (observer_ && !piece.transfer->began) piece.transfer->began = std::chrono::steady_clock::now();
   if (piece.merged) merging_.insert(block_of(piece));
   ++under_way_;
@@ -111,6 +126,7 @@ std::optional<Piece> WorkQueue::try_take(std::uint32_t drive) {
 
 void WorkQueue::returned(const Piece& piece) {
   --under_way_;
+  --lanes_[piece.drive][piece.transfer->write].under_way;
   if (!piece.merged) return;
   merging_.erase(block_of(piece));
   work_.notify_all();
@@ -147,7 +163,7 @@ void WorkQueue::failed(const Piece& piece, std::exception_ptr error) {
   const std::lock_guard lock(mutex_);
   returned(piece);
   if (failing_ == nullptr) failing_ = std::move(error);
-  for (auto& pieces : waiting_) pieces.clear();
+  drop_waiting();
   settle();
 }
 
@@ -155,7 +171,7 @@ void WorkQueue::broken(std::exception_ptr error) {
   const std::lock_guard lock(mutex_);
   under_way_ = 0;
   if (failing_ == nullptr) failing_ = std::move(error);
-  for (auto& pieces : waiting_) pieces.clear();
+  drop_waiting();
   settle();
 }
 

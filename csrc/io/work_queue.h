@@ -1,6 +1,7 @@
 #pragma once
 // Pieces that wait for their drive, and the tickets of the transfers that they belong to. One mutex guards all of it.
 
+#include <array>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -21,7 +22,7 @@ namespace slidecore::io {
 // A failure is thrown only once nothing is under way any more: until then memory may still be written into.
 class WorkQueue {
  public:
-  WorkQueue(std::size_t drives, std::size_t unit) : unit_(unit), waiting_(drives) {}
+  WorkQueue(std::size_t drives, std::size_t unit) : unit_(unit), lanes_(drives) {}
 
   // For callers of Transfers.
   Ticket push(std::unique_ptr<Transfer> transfer, std::vector<Piece> pieces);
@@ -50,7 +51,14 @@ class WorkQueue {
  private:
   using Block = std::pair<std::uint32_t, std::uint64_t>;  // drive, number of the block
 
+  struct Direction {
+    std::deque<Piece> waiting;
+    std::size_t under_way = 0;
+  };
+
   std::optional<Piece> next(std::uint32_t drive);
+  std::optional<Piece> next(Direction& direction);
+  void drop_waiting();
   void returned(const Piece& piece);
   void settle();
   void throw_if_failed() const;
@@ -62,8 +70,8 @@ class WorkQueue {
   const std::size_t unit_;
   mutable std::mutex mutex_;
   std::condition_variable work_, changed_;
-  std::vector<std::deque<Piece>> waiting_;  // one for each drive
-  std::set<Block> merging_;                 // blocks that are being read, changed and written
+  std::vector<std::array<Direction, 2>> lanes_;  // of each drive: reads, writes
+  std::set<Block> merging_;                      // blocks that are being read, changed and written
   std::map<Ticket, std::unique_ptr<Transfer>> transfers_;
   Ticket next_ticket_ = 1;
   std::size_t under_way_ = 0;

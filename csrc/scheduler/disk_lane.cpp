@@ -10,19 +10,22 @@
 
 namespace slidecore {
 
-// Index of the piece to stage next, or updates.size(): of those whose gradient has landed, so that whatever is staged
-// can be consumed, and a full staging always empties again.
-std::size_t Scheduler::Impl::most_urgent_to_stage() const {
-  std::size_t best = updates.size(), best_use = 0;
+// Index of the piece to stage next, or updates.size(): of those that have landed the one whose weights are needed
+// soonest, else the one that lands next. No other can be consumed before that one, so its stage keeps nobody waiting,
+// and a full staging always empties again.
+std::size_t Scheduler::Impl::most_urgent_to_stage() {
+  std::size_t best = updates.size();
+  std::pair<bool, std::size_t> best_use;
   std::vector<bool> seen(chunks.size(), false);
   for (std::size_t i = 0; i < updates.size(); ++i) {
-    const UpdateTask& task = updates[i];
+    UpdateTask& task = updates[i];
     if (seen[task.chunk] || task.stage != UpdateTask::Stage::needed) continue;
     const Chunk& chunk = chunks[task.chunk];
     // Else the sink may still be at a submission before this one.
     if (chunk.updated < task.after_updates || chunk.summed < task.after_sums) continue;
     seen[task.chunk] = true;
-    const std::size_t use = urgency(task.chunk);
+    const bool to_land = !landed(task);
+    const std::pair<bool, std::size_t> use{to_land, to_land ? 0 : urgency(task.chunk)};
     if (best == updates.size() || use < best_use) {
       best = i;
       best_use = use;

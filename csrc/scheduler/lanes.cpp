@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "scheduler/scheduler_impl.h"
@@ -11,6 +12,8 @@
 
 namespace slidecore {
 namespace {
+
+constexpr std::chrono::microseconds kLookAgain{200};
 
 // Runs a part of a lane's work; what it throws is an Error that begins with `what()`.
 template <class What, class Work>
@@ -241,24 +244,35 @@ std::size_t Scheduler::Impl::urgency(std::uint32_t index) const {
   return awaited ? 0 : 1 + next_use(static_cast<std::int32_t>(index));
 }
 
-// Index of the piece to consume next, or updates.size(). A chunk's pieces go in their order; of the chunks, the one
-// whose weights are needed soonest comes first. In backward that is the latest: what the ring holds of the others is
-// updated while the next forward is still far from them, so the lane need not idle then. What still comes from disk is
+// Whether the piece is in memory, not only on its way: its copy is enqueued behind the visit's computation.
+bool Scheduler::Impl::landed(UpdateTask& task) {
+  if (task.landed == 0 || task.has_landed) return true;
+  described([&] { return "download of the gradient" + of_chunk(static_cast<std::int32_t>(task.chunk)); },
+            [&] { task.has_landed = device->done(task.landed); });
+  return task.has_landed;
+}
+
+// The piece to consume next. A chunk's pieces go in their order; of the chunks, the one whose weights are needed
+// soonest comes first. In backward that is the latest: what the ring holds of the others is updated while the next
+// forward is still far from them, so the lane need not idle then. What still comes from disk or from the device is
 // waited for only where there is nothing else to do.
-std::size_t Scheduler::Impl::most_urgent_piece() const {
-  std::size_t best = updates.size();
-  std::pair<bool, std::size_t> best_use;
+PieceChoice Scheduler::Impl::most_urgent_piece() {
+  PieceChoice best{updates.size(), Awaits::nothing};
+  std::pair<Awaits, std::size_t> best_use;
   std::vector<bool> seen(chunks.size(), false);
   for (std::size_t i = 0; i < updates.size(); ++i) {
-    const UpdateTask& task = updates[i];
+    UpdateTask& task = updates[i];
     // One that waits for an update of its chunk may be queued before it, if that update's gradient is on the host.
     if (seen[task.chunk] || chunks[task.chunk].updated < task.after_updates) continue;
     seen[task.chunk] = true;
     if (task.stage == UpdateTask::Stage::needed || task.stage == UpdateTask::Stage::asked_for) continue;
-    const bool waits = task.stage == UpdateTask::Stage::staged && !sink->staged(task.chunk, task.offset);
-    const std::pair<bool, std::size_t> use{waits, urgency(task.chunk)};
-    if (best == updates.size() || use < best_use) {
-      best = i;
+    std::pair<Awaits, std::size_t> use{Awaits::landing, 0};  // the first in the queue lands first
+    if (landed(task)) {
+      const bool reads = task.stage == UpdateTask::Stage::staged && !sink->staged(task.chunk, task.offset);
+      use = {reads ? Awaits::read : Awaits::nothing, urgency(task.chunk)};
+    }
+    if (best.index == updates.size() || use < best_use) {
+      best = {i, use.first};
       best_use = use;
     }
   }
@@ -266,24 +280,33 @@ std::size_t Scheduler::Impl::most_urgent_piece() const {
 }
 
 void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
-  std::size_t piece = 0;
+  PieceChoice piece{};
   // So many pieces of host updates are queued that the disk lane has some to stage ahead, where there is one.
   const std::size_t ahead = options.transfers == nullptr ? 1 : options.disk_pieces;
   const auto expands = [&] { return from_host < ahead && host_update_ready(); };
-  changed.wait(lock, [&] {
-    if (stopping || failure != nullptr || expands()) return true;
+  for (;;) {
+    if (stopping || failure != nullptr) return;
+    if (expands()) break;
     piece = most_urgent_piece();
-    return piece < updates.size();
-  });
-  if (stopping || failure != nullptr) return;
+    if (piece.index == updates.size()) {
+      changed.wait(lock);
+      continue;
+    }
+    // Of a read and a landing nobody knows which is over first, and nobody tells: the lane looks again.
+    const bool either =
+        piece.awaits != Awaits::nothing &&
+        std::any_of(updates.begin(), updates.end(), [](const auto& t) { return t.stage != UpdateTask::Stage::none; });
+    if (!either) break;
+    changed.wait_for(lock, kLookAgain);
+  }
   ++update_busy;  // before a queue is taken from, lest synchronize() finds neither a task in it nor the lane at work
   if (expands()) {
     const HostUpdate update = host_updates.front();
     host_updates.pop_front();
     queue_from_host(update, lock);
   } else {
-    const UpdateTask task = updates[piece];
-    updates.erase(updates.begin() + static_cast<std::ptrdiff_t>(piece));
+    const UpdateTask task = updates[piece.index];
+    updates.erase(updates.begin() + static_cast<std::ptrdiff_t>(piece.index));
     if (task.landed == 0) --from_host;
     consume(task, lock);
   }

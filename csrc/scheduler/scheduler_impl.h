@@ -103,6 +103,15 @@ struct UpdateTask {
   std::uint64_t after_updates = 0;
   std::uint64_t after_sums = 0;  // likewise; only updates that are staged look at it
   enum class Stage : std::uint8_t { none, needed, asked_for, staged } stage = Stage::none;
+  bool has_landed = false;  // `landed` was seen to be done
+};
+
+// What a piece still waits for, what is over soonest first.
+enum class Awaits : std::uint8_t { nothing, read, landing };
+
+struct PieceChoice {
+  std::size_t index;  // in the queue of updates; its size: there is none to take
+  Awaits awaits;
 };
 
 // An update from a gradient in the caller's memory, once it is there: downloaded, or added up.
@@ -146,13 +155,14 @@ struct Scheduler::Impl {
   void queue_update(UpdateTask task);
   void queue_from_host(const HostUpdate& update, std::unique_lock<std::mutex>& lock);
   std::size_t urgency(std::uint32_t chunk) const;
-  std::size_t most_urgent_piece() const;
+  bool landed(UpdateTask& task);
+  PieceChoice most_urgent_piece();
   void consume(const UpdateTask& task, std::unique_lock<std::mutex>& lock);
   std::string of_chunk(std::int32_t chunk) const;
 
   // disk_lane.cpp
   void disk_step(std::unique_lock<std::mutex>& lock);
-  std::size_t most_urgent_to_stage() const;
+  std::size_t most_urgent_to_stage();
   void upload_from_disk(const std::shared_ptr<const Region>& region, void* address, std::size_t bytes, SpanKind kind,
                         std::int32_t chunk);
   std::vector<Ticket> download_to_disk(const DownloadTask& task);

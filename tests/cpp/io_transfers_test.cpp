@@ -369,5 +369,46 @@ TEST_F(Backend, DoesWithoutWhatOlderKernelsLack) {
   EXPECT_NE(transfers.describe().find("5.6"), std::string::npos) << transfers.describe();
 }
 
+// However many reads were asked for before: writes need not wait for all of them, nor reads for writes.
+TEST(TransfersOrder, ReadsAndWritesTakeTurns) {
+  constexpr std::size_t kBlock = 16384, kEach = 8;
+  for (const bool writes_first : {false, true}) {
+    Directories directories;
+    const auto calls = std::make_shared<HookedCalls>();
+    StorageOptions storage_options;
+    storage_options.calls = calls;
+    const auto storage = std::make_shared<Storage>(directories.names, storage_options);
+    TransferOptions options{.backend = "threads", .block_bytes = kBlock, .queue_depth = 2};
+    Transfers transfers(storage, options);
+    Memory from(kEach * kBlock, 1), to(kEach * kBlock);
+    const auto read = storage->allocate("read", kEach * kBlock), written = storage->allocate("written", kEach * kBlock);
+    transfers.wait(transfers.write(read, 0, from.data(), from.size()));
+    Gate gate;
+    std::mutex mutex;
+    std::vector<bool> made;  // true: a write
+    calls->set([&](const HookedCalls::Call& call) {
+      {
+        const std::lock_guard lock(mutex);
+        made.push_back(call.write);
+      }
+      gate.pass();
+      return HookedCalls::kPass;
+    });
+    const auto ask = [&](bool write) {
+      write ? transfers.write(written, 0, from.data(), from.size()) : transfers.read(read, 0, to.data(), to.size());
+    };
+    ask(writes_first);
+    gate.wait_for_arrival(2);
+    ask(!writes_first);
+    gate.open();
+    transfers.synchronize();
+    calls->set(nullptr);
+    EXPECT_EQ(to.bytes(), from.bytes());
+    ASSERT_EQ(made.size(), 2 * kEach);
+    const auto first_other = std::find(made.begin(), made.end(), !writes_first) - made.begin();
+    EXPECT_LE(first_other, 3) << (writes_first ? "reads" : "writes") << " waited for what was asked for before them";
+  }
+}
+
 }  // namespace
 }  // namespace slidecore

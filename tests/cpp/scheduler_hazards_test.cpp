@@ -115,6 +115,38 @@ TEST(SchedulerHazards, ADownloadWaitsForTheWorkThatFillsTheGradient) {
   rig.check_planes();
 }
 
+// A gradient that is still being made holds up nobody, however soon its weights are needed.
+TEST(SchedulerHazards, WhatHasLandedDoesNotWaitForWhatHasNot) {
+  const auto device = host_device();
+  HeldStream held(device);
+  void* gradient = device->alloc(8192);
+  HostBuffer zeros(device, 8192, true);
+  {
+    SchedulerOptions options = kSmallPieces;
+    options.ring_pieces = 9;
+    Rig rig(device, equal_chunks(2, 8192), {2}, 13, options);
+    rig.scheduler->set_schedule(training_schedule(2));
+    for (std::uint32_t c = 0; c < 2; ++c) rig.visit(c, Phase::forward);
+    Gate gate;
+    rig.sink->set_before([&](const char*, std::uint32_t) { gate.pass(); });
+    rig.visit(1, Phase::backward);
+    rig.submit(1);
+    gate.wait_for_arrival();
+    rig.visit(0, Phase::backward);
+    device->to_device(gradient, zeros.data(), 8192, held.handle());
+    rig.scheduler->submit_gradient(0, gradient, 8192, held.handle());
+    while (rig.scheduler->counters().gradients < 2) std::this_thread::yield();
+    gate.open();
+    for (int i = 0; i < 5000 && rig.sink->submissions == 0; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    EXPECT_EQ(rig.sink->submissions, 1u) << "the update of chunk 1 waits for the gradient of chunk 0";
+    held.open();
+    rig.check_planes();
+  }
+  device->free(gradient);
+}
+
 // The update was taken from its queue and waits for an upload that is being put on the stream.
 TEST(SchedulerHazards, SynchronizeWaitsForAnUpdateThatHasNotBegun) {
   for (int round = 0; round < 30; ++round) {
