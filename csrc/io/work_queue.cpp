@@ -28,7 +28,7 @@ Ticket WorkQueue::push(std::unique_ptr<Transfer> transfer, std::vector<Piece> pi
   transfer->pieces_left = pieces.size();
   for (Piece& piece : pieces) {
     piece.transfer = transfer.get();
-    lanes_[piece.drive][transfer->write].waiting.push_back(piece);
+    drives_[piece.drive].of(transfer->write).waiting.push_back(piece);
   }
   transfers_.emplace(ticket, std::move(transfer));
   ++next_ticket_;
@@ -84,17 +84,22 @@ Transfers::Counters WorkQueue::counters() const {
 }
 
 void WorkQueue::drop_waiting() {
-  for (auto& directions : lanes_) {
-    for (Direction& direction : directions) direction.waiting.clear();
+  for (Drive& drive : drives_) {
+    drive.reads.waiting.clear();
+    drive.writes.waiting.clear();
   }
 }
 
-std::optional<Piece> WorkQueue::next(std::uint32_t drive) {
+std::optional<Piece> WorkQueue::next(std::uint32_t number) {
   // In order of arrival a burst of reads would be followed by a burst of writes, and so on: whoever reads, works and
   // writes in a few buffers falls into that step. Most drives do more with both under way.
-  const std::size_t first = lanes_[drive][0].under_way <= lanes_[drive][1].under_way ? 0 : 1;
-  std::optional<Piece> piece = next(lanes_[drive][first]);
-  return piece ? piece : next(lanes_[drive][1 - first]);
+  Drive& drive = drives_[number];
+  const std::size_t reads = drive.reads.under_way, writes = drive.writes.under_way;
+  const bool write = reads == writes ? !drive.last_wrote : writes < reads;
+  std::optional<Piece> piece = next(drive.of(write));
+  if (!piece) piece = next(drive.of(!write));
+  if (piece) drive.last_wrote = piece->transfer->write;
+  return piece;
 }
 
 std::optional<Piece> WorkQueue::next(Direction& direction) {
@@ -126,7 +131,7 @@ std::optional<Piece> WorkQueue::try_take(std::uint32_t drive) {
 
 void WorkQueue::returned(const Piece& piece) {
   --under_way_;
-  --lanes_[piece.drive][piece.transfer->write].under_way;
+  --drives_[piece.drive].of(piece.transfer->write).under_way;
   if (!piece.merged) return;
   merging_.erase(block_of(piece));
   work_.notify_all();

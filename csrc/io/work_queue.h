@@ -1,7 +1,6 @@
 #pragma once
 // Pieces that wait for their drive, and the tickets of the transfers that they belong to. One mutex guards all of it.
 
-#include <array>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -22,7 +21,7 @@ namespace slidecore::io {
 // A failure is thrown only once nothing is under way any more: until then memory may still be written into.
 class WorkQueue {
  public:
-  WorkQueue(std::size_t drives, std::size_t unit) : unit_(unit), lanes_(drives) {}
+  WorkQueue(std::size_t drives, std::size_t unit) : unit_(unit), drives_(drives) {}
 
   // For callers of Transfers.
   Ticket push(std::unique_ptr<Transfer> transfer, std::vector<Piece> pieces);
@@ -55,6 +54,11 @@ class WorkQueue {
     std::deque<Piece> waiting;
     std::size_t under_way = 0;
   };
+  struct Drive {
+    Direction& of(bool write) { return write ? writes : reads; }
+    Direction reads, writes;
+    bool last_wrote = true;  // what was taken last
+  };
 
   std::optional<Piece> next(std::uint32_t drive);
   std::optional<Piece> next(Direction& direction);
@@ -70,8 +74,8 @@ class WorkQueue {
   const std::size_t unit_;
   mutable std::mutex mutex_;
   std::condition_variable work_, changed_;
-  std::vector<std::array<Direction, 2>> lanes_;  // of each drive: reads, writes
-  std::set<Block> merging_;                      // blocks that are being read, changed and written
+  std::vector<Drive> drives_;
+  std::set<Block> merging_;  // blocks that are being read, changed and written
   std::map<Ticket, std::unique_ptr<Transfer>> transfers_;
   Ticket next_ticket_ = 1;
   std::size_t under_way_ = 0;
