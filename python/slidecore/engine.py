@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from slidecore import _core, kernels
+from slidecore import _core, host_pressure, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
 from slidecore.deferred_updates import DeferredUpdates
@@ -159,6 +159,7 @@ class Engine:
             compute_dtype=compute_dtype,
             train=train,
         )
+        host_pressure.warn_if_short(self.tiers.planned_bytes())
         try:
             self._build(model, kept, moments, threads, piece_bytes, ring_pieces)
         except BaseException:

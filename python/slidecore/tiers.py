@@ -134,6 +134,10 @@ class Tiers:
         """Host memory of everything but planes and saved inputs."""
         return self._fixed + self._grad_bytes
 
+    def planned_bytes(self) -> int:
+        """Host memory of planes and everything else but saved inputs."""
+        return self.fixed_bytes() + self._in_memory
+
     def limit(self) -> int | None:
         """The budget for host memory that holds now."""
         limits = [limit for limit in (self.host_memory, self._ceiling) if limit is not None]
@@ -201,7 +205,7 @@ class Tiers:
         available, low = host_pressure.available_memory(), host_pressure.low_water()
         if available >= low:
             return
-        used = self.fixed_bytes() + self._in_memory
+        used = self.planned_bytes()
         self._ceiling = max(0, used - (2 * low - available))
         try:
             target = self._plan(self.limit(), self.store.limit)
