@@ -151,6 +151,7 @@ class _Run:
         }
         data = pack(self.files, self.tokenizer, cache_dir=scratch, **settings)
         _check_vocabulary(data, vocabulary)
+        self._say_left_out(data, "")
         if self.eval_files is not None:
             (scratch / "eval").mkdir()
             try:
@@ -158,10 +159,18 @@ class _Run:
             except InputError as error:
                 raise InputError(f"--eval-data: {error.message}", error.hint) from error
             _check_vocabulary(held_out, vocabulary)
+            self._say_left_out(held_out, " of --eval-data")
             return data, held_out
         if options.eval_fraction:
             return data.split(options.eval_fraction, options.seed)
         return data, None
+
+    def _say_left_out(self, data: PackedData, where: str) -> None:
+        if data.left_out:
+            self.progress.say(
+                f"{data.left_out:,} of {len(data) + data.left_out:,} sequences{where} have no token that carries loss "
+                f"(--assistant-only) and are left out"
+            )
 
     def _find_resumption(self) -> Resumption | None:
         if self.out.newest is None:
