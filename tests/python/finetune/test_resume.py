@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -20,7 +21,7 @@ from slidecore.errors import InputError, InterruptedRunError, TerminatedRunError
 from slidecore.finetune import loop, output, resuming
 from slidecore.finetune.data import find_files, pack
 from slidecore.finetune.options import Options
-from slidecore.finetune.report import StepMetrics
+from slidecore.finetune.report import StepMetrics, summary_lines
 
 
 @pytest.fixture
@@ -397,6 +398,47 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(options: Options, monkey
         loop.run(options)
 
 
+def test_after_the_last_step_it_is_said_and_the_model_is_written(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slidecore.finetune.training.evaluate", lambda *_: math.nan)
+    summary = loop.run(dataclasses.replace(options, eval_every=0))
+    assert same_models(options.out, options.out / output.CHECKPOINTS / "step-000006")
+    assert summary.eval_loss is not None
+    assert math.isnan(summary.eval_loss)
+    assert "WARNING" in summary_lines(summary)[-1]
+    assert "on held-out data is nan" in summary_lines(summary)[-1]
+    assert math.isnan(lines(options.out)[-1]["eval_loss"])
+    assert [line["eval_loss"] for line in lines(options.out)[:-1]] == [None] * 5
+    # As it was when the ended run is resumed.
+    again = loop.run(dataclasses.replace(options, eval_every=0, resume=True))
+    assert again.eval_loss is not None
+    assert math.isnan(again.eval_loss)
+
+
+def test_held_out_data_without_loss_is_refused_before_training(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    template += "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    (options.model / "chat_template.jinja").write_text(template)
+    user, assistant = ({"role": role, "content": text * 60} for role, text in (("user", "u"), ("assistant", "yes ")))
+    for name, messages in (("train", [user, assistant]), ("held", [user])):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 5)
+    chats = dataclasses.replace(
+        options, data=tmp_path / "train.jsonl", assistant_only=True, eval_fraction=0.0, batch_size=1, steps=8
+    )
+    monkeypatch.setattr(loop, "_load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError, match="--eval-data: no token of the data carries loss"):
+        loop.run(dataclasses.replace(chats, eval_data=tmp_path / "held.jsonl"))
+    monkeypatch.undo()
+    capsys.readouterr()
+    # Of the training data, what has none is left out: a batch of it alone would have no loss.
+    loop.run(dataclasses.replace(chats, eval_data=tmp_path / "train.jsonl"))
+    assert re.search(r"1\d of \d\d sequences have no token that carries loss", capsys.readouterr().out)
+    assert all(math.isfinite(line["loss"]) for line in lines(chats.out))
+
+
 def test_metrics_survive_their_way_through_a_checkpoint() -> None:
     history = [
         StepMetrics(1, 0.1, 1e-300, 3.3, 2**45 + 1, 7, 0.25, None),
@@ -404,3 +446,9 @@ def test_metrics_survive_their_way_through_a_checkpoint() -> None:
     ]
     assert resuming.decode_history(resuming.encode_history(history)) == history
     assert resuming.decode_history(resuming.encode_history([])) == []
+    (ended,) = resuming.decode_history(resuming.encode_history([dataclasses.replace(history[0], eval_loss=math.nan)]))
+    assert ended.eval_loss is not None
+    assert math.isnan(ended.eval_loss)
+    # Of earlier versions, which had NaN for None.
+    earlier = {name: values for name, values in resuming.encode_history(history).items() if "is None" not in name}
+    assert resuming.decode_history(earlier) == history
