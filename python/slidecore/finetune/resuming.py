@@ -19,6 +19,7 @@ from slidecore.finetune.report import StepMetrics
 from slidecore.finetune.training import Training
 
 _DATA = "the data"
+_ADDED = {"--max-grad-norm"}  # to what `identity_of` gives, since checkpoints were first saved
 _MAY_BE_NONE, _ABSENT = ("eval_loss", "grad_norm"), " is None"
 
 
@@ -49,7 +50,8 @@ class Resumption:
 
     def check(self, identity: dict[str, Any]) -> None:
         """Raises InputError naming the first option that is not that of the run to go on with."""
-        for name in [*identity, *self._identity]:
+        # What earlier versions did not write down cannot be compared.
+        for name in [name for name in identity if name not in _ADDED or name in self._identity] + [*self._identity]:
             mine, theirs = identity.get(name), self._identity.get(name)
             if mine != theirs:
                 raise InputError(
@@ -87,6 +89,7 @@ def identity_of(options: Options, steps: int, data: PackedData) -> dict[str, Any
         "the number of warm-up steps": options.warmup_steps(steps),
         "--weight-decay": options.weight_decay,
         "betas": list(options.betas),
+        "--max-grad-norm": options.max_grad_norm,
         "--moments": options.moments,
         "--seed": options.seed,
         "--assistant-only": options.assistant_only,

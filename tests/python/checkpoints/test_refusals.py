@@ -140,6 +140,54 @@ def test_moments_of_another_format_are_refused(saved: Path, offload: Offload) ->
     refuse(run, saved, "exp_avg plane of .* was saved as .*float32, the model has .*int8")
 
 
+@pytest.mark.parametrize(
+    ("saved_with", "loaded_with", "message"),
+    [
+        ({"max_grad_norm": 0.5}, {"max_grad_norm": 2}, r"max_grad_norm is 2\.0, but in the run .* is 0\.5"),
+        ({"max_grad_norm": 0.5}, {}, r"max_grad_norm is None, .* is 0\.5.*max_grad_norm=0\.5"),
+        ({}, {"skip_nonfinite": True}, "skip_nonfinite is True, .* is False"),
+    ],
+)
+def test_another_clipping_is_refused_and_may_be_set_afterwards(
+    saved_with: dict[str, Any], loaded_with: dict[str, Any], message: str, offload: Offload, tmp_path: Path
+) -> None:
+    run = Run(Stack(), offload, optimizer={"update": "deferred", **saved_with})
+    run.train(batches_for(run.model, 2))
+    run.save(tmp_path / "c")
+    other = Run(Stack(seed=1), offload, optimizer={"update": "deferred", **loaded_with})
+    before = other.state()
+    with pytest.raises(CheckpointError, match=message):
+        other.load(tmp_path / "c")
+    assert differences(other.state(), before) == []
+    for name in ("max_grad_norm", "skip_nonfinite"):
+        setattr(other.optimizer, name, getattr(run.optimizer, name))
+    other.load(tmp_path / "c")
+    assert differences(other.state(), run.state()) == []
+    for name, value in loaded_with.items():
+        setattr(other.optimizer, name, value)
+    other.train(batches_for(other.model, 1))
+
+
+def test_checkpoints_from_before_clipping_was_saved_are_read(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slidecore.checkpoints import state
+
+    run = Run(Stack(), offload, optimizer={"max_grad_norm": 0.5})
+    collect = state._optimizer_state
+
+    def earlier(*arguments: Any) -> dict[str, Any]:
+        return {name: value for name, value in collect(*arguments).items() if name != "settings"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_optimizer_state", earlier)
+        run.save(tmp_path / "c")
+    other = Run(Stack(seed=1), offload, optimizer={"max_grad_norm": 2.0})
+    other.load(tmp_path / "c")
+    assert differences(other.state(), run.state()) == []
+    assert other.optimizer.max_grad_norm == 2.0
+
+
 def test_a_scheduler_that_was_not_saved_is_refused(offload: Offload, tmp_path: Path) -> None:
     run = Run(Stack(), offload, schedule=steps)
     run.save(tmp_path / "c", scheduler=None)

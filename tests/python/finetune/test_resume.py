@@ -233,6 +233,7 @@ def stopped(options: Options, monkeypatch: pytest.MonkeyPatch) -> Options:
         ({"warmup": 3}, "warm-up steps is 3"),
         ({"weight_decay": 0.0}, "--weight-decay is 0.0"),
         ({"seed": 5}, "--seed is 5"),
+        ({"max_grad_norm": 0.5}, r"--max-grad-norm is 0\.5, but the run saved in .*step-000002 has None"),
         ({"moments": "8bit"}, "--moments is 8bit"),
         ({"sequence_length": 16}, "--sequence-length is 16"),
         ({"eval_fraction": 0.2}, "--eval-fraction is 0.2"),
@@ -253,6 +254,17 @@ def test_other_data_are_noticed(stopped: Options) -> None:
     stopped.data.write_text(text.replace("line 7:", "line 8:"))
     with pytest.raises(InputError, match="the data is not that of the run"):
         loop.run(stopped)
+
+
+def test_what_earlier_versions_did_not_write_down_is_not_compared(options: Options) -> None:
+    identity = {"--lr": options.lr, "--max-grad-norm": 1.0}
+    resumption = object.__new__(resuming.Resumption)
+    resumption.path = Path("somewhere")
+    resumption._identity = {"--lr": options.lr}
+    resumption.check(identity)
+    resumption._identity = {"--lr": options.lr, "--max-grad-norm": 2.0}
+    with pytest.raises(InputError, match=r"--max-grad-norm is 1\.0, but .* has 2\.0"):
+        resumption.check(identity)
 
 
 def test_what_does_not_change_the_arithmetic_may_change(stopped: Options) -> None:
