@@ -66,6 +66,7 @@ class _Run:
         self.interrupts = interrupts
         self.step = 0  # that is being taken, or was taken last
         self.kept = 0  # the last one that is in a checkpoint
+        self.trained = False  # to the end
         self.saved = False  # the model
         self._engine: Engine | None = None
         # Cheap checks first: each finds its error before the next, longer piece of work.
@@ -86,20 +87,15 @@ class _Run:
         try:
             with self.out.scratch() as scratch:
                 training, steps = self._prepare(scratch)
-                with self.interrupts.deferred():
+                with self.interrupts.deferred("finishing this step and saving"):
                     self._train(training, steps)
-                slidecore.synchronize(training.model)
-            _check_weights(training.model, steps)
-            with self.progress.stage("Saving"):
-                self.out.save_model(training.model, self.tokenizer)
-                self.saved = True
-            evaluated = [(m.step, m.eval_loss) for m in training.history if m.eval_loss is not None]
-            plot_loss(self.out.path / output.LOSS_PLOT, [m.loss for m in training.history], held_out=evaluated)
-            return self._summary(training, steps)
+                    # Hours of training are worth the minutes of a save, also to whoever wants the run to end.
+                    self.interrupts.work = "saving the model"
+                    self.trained = True
+                    self._save_model(training, steps)
+                    return self._summary(training, steps)
         except KeyboardInterrupt:
-            raise self.interrupts.error(
-                f"interrupted; {self._lost()}, and no model was written", self._what_is_left()
-            ) from None
+            raise self.interrupts.error(f"interrupted; {self._lost()}", self._what_is_left()) from None
         except Exception as error:
             if not output.disk_is_full(error):
                 raise
@@ -199,6 +195,15 @@ class _Run:
                         "Go on with the same command and --resume (without --overwrite).",
                     )
 
+    def _save_model(self, training: Training, steps: int) -> None:
+        slidecore.synchronize(training.model)
+        _check_weights(training.model, steps)
+        with self.progress.stage("Saving"):
+            self.out.save_model(training.model, self.tokenizer)
+            self.saved = True
+        evaluated = [(m.step, m.eval_loss) for m in training.history if m.eval_loss is not None]
+        plot_loss(self.out.path / output.LOSS_PLOT, [m.loss for m in training.history], held_out=evaluated)
+
     def _save(self, training: Training) -> Path:
         began = time.monotonic()
         path = resuming.save(training, self.out.checkpoints, self.identity, self.tokenizer)
@@ -207,14 +212,20 @@ class _Run:
         return path
 
     def _lost(self) -> str:
-        taken = max(self.step - 1, self.kept)  # one was under way
+        if self.saved:
+            return f"the model was written to {self.out.path}"
+        taken = self.step if self.trained else max(self.step - 1, self.kept)  # one was under way
         if not taken:
-            return "nothing was trained yet"
+            return "nothing was trained yet, and no model was written"
         if not self.kept:
-            return f"the updates of {taken} steps are lost"
-        return f"the updates of {taken - self.kept} steps after the last checkpoint are lost"
+            return f"the updates of {taken} steps are lost, and no model was written"
+        if taken == self.kept:
+            return "no model was written, but every update is in a checkpoint"
+        return f"the updates of {taken - self.kept} steps after the last checkpoint are lost, and no model was written"
 
     def _what_is_left(self) -> str:
+        if self.saved:
+            return ""
         if self.kept:
             return f"--resume goes on after step {self.kept}, from {self.out.checkpoints}."
         return f"What was measured so far is in {self.out.path}." if self.step else ""

@@ -188,6 +188,77 @@ def test_a_signal_in_the_last_step_lets_the_run_end(options: Options, monkeypatc
     assert (options.out / "config.json").exists()
 
 
+def in_the_save(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
+    """Runs `action` when the first part of the model has been written."""
+    save = output.write_model
+
+    def acting(model: Any, directory: Path, **options: Any) -> None:
+        (directory / "model.safetensors.part").write_bytes(b"half")
+        action()
+        (directory / "model.safetensors.part").unlink()
+        save(model, directory, **options)
+
+    monkeypatch.setattr(output, "write_model", acting)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["save", "weights"])
+def test_a_signal_while_the_model_is_saved_lets_the_run_end(
+    where: str,
+    number: signal.Signals,
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def sent(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+
+    if where == "save":
+        in_the_save(monkeypatch, sent)
+    else:
+        monkeypatch.setattr(loop, "_check_weights", sent)
+    assert loop.run(dataclasses.replace(options, save_every=0)).steps == 6
+    assert "saving the model; once more to stop at once" in capsys.readouterr().out
+    assert transformers.AutoModelForCausalLM.from_pretrained(options.out).config.hidden_size == 32
+    assert (options.out / output.LOSS_PLOT).exists()
+
+
+@pytest.mark.parametrize(
+    ("every", "message", "hint"),
+    [
+        (0, "interrupted; the updates of 6 steps are lost, and no model was written", "What was measured"),
+        (4, "the updates of 2 steps after the last checkpoint are lost", "--resume goes on after step 4"),
+        (2, "no model was written, but every update is in a checkpoint", "--resume goes on after step 6"),
+    ],
+)
+def test_a_second_signal_while_the_model_is_saved_stops_at_once(
+    every: int, message: str, hint: str, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_the_save(monkeypatch, twice)
+    with pytest.raises(TerminatedRunError, match=message) as error:
+        loop.run(dataclasses.replace(options, save_every=every))
+    assert hint in error.value.hint
+    assert not (options.out / "config.json").exists()
+    assert not list(options.out.rglob(".*"))
+
+
+def test_a_second_signal_after_the_save_says_that_there_is_a_model(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "plot_loss", twice)
+    with pytest.raises(InterruptedRunError, match="interrupted; the model was written to"):
+        loop.run(options)
+    assert (options.out / "config.json").exists()
+
+
 def test_the_command_returns_the_exit_code_of_the_signal(
     options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
