@@ -161,6 +161,13 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     return max(found, key=lambda path: (found[path].sequence, path.name), default=None)
 
 
+def count_complete(directory: Path) -> int:
+    """How many complete checkpoints lie in `directory`; says nothing of those that are not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return len(_complete(directory))
+
+
 def next_sequence(parent: Path) -> int:
     """A number above those of all checkpoints in `parent`, damaged ones too."""
     sequences = [0]

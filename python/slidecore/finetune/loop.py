@@ -132,9 +132,9 @@ class _Run:
                 resumption.load(training)
             self.step = self.kept = resumption.step
         saved = sum(p.numel() * p.element_size() for p in model.parameters())
-        checkpoints = options.keep + 1 if options.save_every else 0
+        saves = steps // options.save_every - training.done // options.save_every if options.save_every else 0
         state = slidecore.stats(model)
-        self.out.check_space(saved + checkpoints * (state.planes_bytes + state.disk_memory))
+        self.out.check_space(saved, state.planes_bytes + state.disk_memory, keep=options.keep, saves=saves)
         if resumption is None:
             self.out.remove_earlier_run()
         return training, steps

@@ -413,6 +413,43 @@ def test_a_full_disk_at_a_checkpoint_says_where_to_go_on(options: Options, monke
     assert names(options.out / output.CHECKPOINTS) == ["step-000002"]
 
 
+@pytest.mark.parametrize(
+    ("there", "saves", "more"),
+    [(0, 9, 3), (1, 9, 2), (2, 9, 1), (5, 9, 1), (0, 2, 2), (1, 1, 1), (2, 0, 0)],
+)
+def test_space_is_asked_for_what_is_not_there_yet(
+    there: int, saves: int, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = output.OutputDirectory(tmp_path / "out", resume=True)
+    out.newest = tmp_path / "out" / "checkpoints" / "step-000001"
+    monkeypatch.setattr(output, "count_complete", lambda _: there)
+    usage = type("Usage", (), {"free": 1000 + more * 12000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    out.check_space(1000, 12000, keep=2, saves=saves)
+    usage.free -= 1
+    with pytest.raises(InputError, match="GiB free"):
+        out.check_space(1000, 12000, keep=2, saves=saves)
+
+
+def test_space_of_a_run_that_is_replaced_counts(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop.run(options)
+    files = [path for path in (options.out / output.CHECKPOINTS).rglob("*") if path.is_file()]
+    nbytes = sum(path.stat().st_blocks * 512 for path in files)
+    assert nbytes > 0
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    out = output.OutputDirectory(options.out, overwrite=True)
+    out.check_space(nbytes, 0, keep=2, saves=0)
+    with pytest.raises(InputError, match="GiB free"):
+        out.check_space(nbytes + (1 << 20), 0, keep=2, saves=0)
+    # Not one that is gone on with: its two checkpoints are only places that need not be found again.
+    out.release()
+    resumed = output.OutputDirectory(options.out, resume=True)
+    resumed.check_space(0, nbytes, keep=2, saves=0)
+    with pytest.raises(InputError, match="and 1 checkpoints takes"):
+        resumed.check_space(0, nbytes, keep=2, saves=9)
+    resumed.release()
+
+
 # --- evaluation
 
 
