@@ -137,8 +137,10 @@ class PackedData:
         return found.hexdigest()
 
 
-def find_files(data: Path, pattern: str | None = None) -> DataFiles:
+def find_files(data: Path, pattern: str | None = None, *, but: Path | None = None) -> DataFiles:
     """The data files at `data`: itself, or what lies below it, hidden files and `__pycache__` left out, sorted.
+
+    What lies in the directory `but` is left out too: what a run writes would be read when the run goes on.
 
     Raises InputError where there is nothing to read, or where a single file is of no known format.
     """
@@ -158,8 +160,11 @@ def find_files(data: Path, pattern: str | None = None) -> DataFiles:
             found = sorted(data.glob(pattern or "**/*"))
         except (ValueError, NotImplementedError) as error:
             raise InputError(f"--glob {pattern!r}: {error}", 'Give a relative pattern such as "**/*.md".') from error
+        left_out = _inside(but, data)
         for path in found:
             inside = path.relative_to(data).parts
+            if left_out and inside[: len(left_out)] == left_out:
+                continue
             hidden = any(part.startswith(".") or part == "__pycache__" for part in inside)
             if path.is_file() and (pattern is not None or not hidden):
                 with _readable(path):
@@ -176,6 +181,13 @@ def find_files(data: Path, pattern: str | None = None) -> DataFiles:
     if all(path.stat().st_size == 0 for path in (*files.text, *files.jsonl, *files.parquet)):
         raise InputError(f"the data at {data} is empty", "Give files with something in them.")
     return files
+
+
+def _inside(path: Path | None, directory: Path) -> tuple[str, ...]:
+    """The parts of the way from `directory` to `path`; none where it is not below."""
+    if path is None or not path.resolve().is_relative_to(directory.resolve()):
+        return ()
+    return path.resolve().relative_to(directory.resolve()).parts
 
 
 def pack(

@@ -13,7 +13,7 @@ import slidecore
 from slidecore.engine import Engine
 from slidecore.errors import InputError, MissingDependencyError, TrainingError
 from slidecore.finetune import output, resuming
-from slidecore.finetune.data import PackedData, find_files, pack
+from slidecore.finetune.data import DataFiles, PackedData, find_files, pack
 from slidecore.finetune.interrupts import Interrupts
 from slidecore.finetune.options import Options
 from slidecore.finetune.plots import plot_loss
@@ -69,10 +69,13 @@ class _Run:
         self.trained = False  # to the end
         self.saved = False  # the model
         self._engine: Engine | None = None
+        self.eval_files: DataFiles | None = None
         # Cheap checks first: each finds its error before the next, longer piece of work.
         try:
-            self.files = find_files(options.data, options.glob)
-            self.eval_files = find_files(options.eval_data) if options.eval_data is not None else None
+            _check_apart(options)
+            self.files = find_files(options.data, options.glob, but=options.out)
+            if options.eval_data is not None:
+                self.eval_files = find_files(options.eval_data, but=options.out)
             self.checkpoint = Checkpoint(options.model)
             _check_context(self.checkpoint.config, options.sequence_length)
             self.tokenizer = load_tokenizer(options.model)
@@ -272,6 +275,16 @@ def _check_packages() -> None:
             raise MissingDependencyError(
                 f"{package} cannot be imported ({error})", "Run: pip install 'slidecore[finetune]'"
             ) from error
+
+
+def _check_apart(options: Options) -> None:
+    """Below the data, what the run writes is left out of them; among the data it cannot be told from them."""
+    for name, data in (("--data", options.data), ("--eval-data", options.eval_data)):
+        if data is not None and data.resolve() == options.out.resolve():
+            raise InputError(
+                f"--out is the directory of {name}, {data}: what the run writes would be read as data when it goes on",
+                f"Give another --out, such as {data / 'out'}.",
+            )
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -171,6 +171,9 @@ def test_directories_are_searched_without_hidden_and_binary_files(tmp_path: Path
     assert [path.name for path in files.parquet] == ["e.parquet"]
     assert [path.name for path in files.skipped] == ["image.png", "latin.txt"]
     assert [path.name for path in find_files(tmp_path, "*.txt").text] == ["z.txt"]
+    assert [path.name for path in find_files(tmp_path, but=tmp_path / "a").text] == ["z.txt"]
+    for elsewhere in (tmp_path, tmp_path.parent, tmp_path / "z", Path("/nowhere")):
+        assert [path.name for path in find_files(tmp_path, but=elsewhere).text] == ["b.md", "z.txt"]
 
 
 def _write(path: Path, content: bytes | str) -> Path:

@@ -327,6 +327,28 @@ def test_other_data_are_noticed(stopped: Options) -> None:
         loop.run(stopped)
 
 
+def test_a_run_that_writes_below_its_data_does_not_read_itself(
+    options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.move(options.data, data / "a.txt")
+    whole = whole_run(dataclasses.replace(options, data=data))
+    # As a shell may give them: the same places by other ways.
+    (tmp_path / "link").symlink_to(data, target_is_directory=True)
+    inside = dataclasses.replace(options, data=tmp_path / "link", out=data / "runs" / ".." / "out")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: pytest.fail("on purpose"))
+        with pytest.raises(pytest.fail.Exception):
+            loop.run(inside)
+    assert (data / "out" / output.METRICS).is_file()
+    (data / "out2.txt").touch()  # whose name begins alike
+    loop.run(dataclasses.replace(inside, resume=True))
+    assert same_models(data / "out", whole)
+    with pytest.raises(InputError, match="--out is the directory of --data"):
+        loop.run(dataclasses.replace(options, data=data, out=data, overwrite=True))
+
+
 def test_what_earlier_versions_did_not_write_down_is_not_compared(options: Options) -> None:
     identity = {"--lr": options.lr, "--max-grad-norm": 1.0}
     resumption = object.__new__(resuming.Resumption)
