@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 
 import slidecore
+from slidecore.backend import choose_device
 from slidecore.engine import Engine
-from slidecore.errors import InputError, MissingDependencyError, TrainingError
+from slidecore.errors import InputError, MissingDependencyError, TrainingError, UsageError
 from slidecore.finetune import output, resuming
 from slidecore.finetune.data import DataFiles, PackedData, find_files, pack
 from slidecore.finetune.interrupts import Interrupts
@@ -73,6 +75,7 @@ class _Run:
         # Cheap checks first: each finds its error before the next, longer piece of work.
         try:
             _check_apart(options)
+            _check_places(options)
             self.files = find_files(options.data, options.glob, but=options.out)
             if options.eval_data is not None:
                 self.eval_files = find_files(options.eval_data, but=options.out)
@@ -285,6 +288,23 @@ def _check_apart(options: Options) -> None:
                 f"--out is the directory of {name}, {data}: what the run writes would be read as data when it goes on",
                 f"Give another --out, such as {data / 'out'}.",
             )
+
+
+def _check_places(options: Options) -> None:
+    """The device and the directories of --disk, which are used only when the data have been read."""
+    try:
+        choose_device(options.device)
+    except UsageError as error:
+        raise InputError(f"--device: {error.message}", error.hint) from error
+    for directory in options.disk:
+        try:
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"cannot write to --disk {directory}: {error.strerror}",
+                "Give a directory that is there and that you may write to, on the drive to use.",
+            ) from error
 
 
 def load_tokenizer(path: Path) -> Any:
