@@ -309,6 +309,40 @@ def test_nothing_is_replaced_unasked(offload: Offload, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "file", "mine"]
 
 
+def test_through_a_link_what_it_points_to_is_replaced(offload: Offload, tmp_path: Path) -> None:
+    run = Run(Stack(), offload)
+    run.save(tmp_path / "there" / "step-1")
+    for name, target in (("latest", "there/step-1"), ("new", "there/step-2"), ("itself", "itself")):
+        (tmp_path / name).symlink_to(target)
+    run.train(batches_for(run.model, 1))
+    with pytest.raises(CheckpointError, match=r"there is a checkpoint at .*step-1"):
+        run.save(tmp_path / "latest")
+    assert run.save(tmp_path / "latest", overwrite=True) == tmp_path / "latest"
+    run.save(tmp_path / "new")
+    with pytest.raises(CheckpointError, match=r"cannot save at .*itself"):
+        run.save(tmp_path / "itself")
+    assert all((tmp_path / name).is_symlink() for name in ("latest", "new", "itself"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["itself", "latest", "new", "there"]
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["step-1", "step-2"]
+    other = Run(Stack(seed=1), offload)
+    for name in ("latest", "new", "there/step-1"):
+        other.load(tmp_path / name)
+        assert differences(other.state(), run.state()) == []
+
+
+def test_names_that_no_file_can_have_are_refused(offload: Offload, tmp_path: Path) -> None:
+    run = Run(Stack(), offload)
+    for name in ("a\0b", "n" * 256, "n" * 256 + "/step-1", "a\0b/step-1"):
+        for call in (run.save, run.load, lambda path: slidecore.latest_checkpoint(path)):
+            with pytest.raises(CheckpointError):
+                call(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    # But every name that one can.
+    for number in range(1, 4):
+        run.save(tmp_path / ("é" * 127 + str(number)), keep=1)
+    assert [path.name[-1] for path in tmp_path.iterdir()] == ["3"]
+
+
 def test_leftovers_of_killed_saves_go_and_saves_under_way_stay(offload: Offload, tmp_path: Path) -> None:
     import fcntl
     import os
