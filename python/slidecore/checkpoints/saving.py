@@ -170,11 +170,21 @@ def write_model(
     """
     engine = engine_of(model)
     engine.drain()
-    stop = Stop()
-    weights = plan_weight_files(model, engine, parse_size(shard_size, "shard_size"))
     write_side_files(model, tokenizer, directory)
-    _write_all(_plan_writes(engine, weights, {}, stop), directory, choose_threads(threads), stop)
+    write_weights(model, engine, directory, parse_size(shard_size, "shard_size"), threads)
     sync_directory(directory)
+
+
+def write_weights(model: nn.Module, engine: Engine, directory: Path, shard_bytes: int, threads: int = 0) -> None:
+    """Writes the weight files, and their index if there are several, into a directory that has none; pending updates
+    must be done.
+
+    Raises:
+        CheckpointError: a call of the system failed.
+    """
+    stop = Stop()
+    weights = plan_weight_files(model, engine, shard_bytes)
+    _write_all(_plan_writes(engine, weights, {}, stop), directory, choose_threads(threads), stop)
 
 
 def _write_all(writes: Sequence[_Write], directory: Path, threads: int, stop: Stop) -> dict[str, FileRecord]:
