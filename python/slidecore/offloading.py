@@ -201,8 +201,9 @@ def _hook(model: nn.Module, engine: Engine) -> None:
     def settle(module: nn.Module, *_: Any) -> None:
         check_present(
             module,
-            "a state dict of all weights may not fit there. slidecore.save_checkpoint(model, optimizer, directory) "
-            "writes one chunk at a time; slidecore.master_parameter(model, name) gives single parameters",
+            "a state dict of all weights may not fit there. slidecore.save_checkpoint(model, optimizer, directory), or "
+            "save_pretrained(directory) of a model of transformers, writes one chunk at a time; "
+            "slidecore.master_parameter(model, name) gives single parameters",
         )
         engine.drain()
 
