@@ -21,7 +21,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Do not measure rates.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look at driver, card, memory limits, io_uring and drives, and say what to do. Exit code 1: there is a problem."""
+    """Look at driver, card, memory limits, io_uring, cuFile and drives, and say what to do. Exit code 1: a problem."""
     checks = machine_checks.run([str(directory) for directory in disk or [Path(".")]], rates=not quick)
     if as_json:
         typer.echo(json.dumps({"checks": [check.to_json() for check in checks]}, indent=2))

@@ -58,18 +58,20 @@ class Tiers:
         piece_bytes: int,
         compute_dtype: torch.dtype,
         train: bool,
+        gpu_direct: _core.Device | None = None,
     ) -> None:
-        """Plans, and prepares the swap files.
+        """Plans, and prepares the swap files. Saved inputs go there past host memory from `gpu_direct`, if given.
 
         Raises:
             BudgetError: a budget is too small.
+            UsageError: they cannot.
             slidecore._core.Error: a directory of `disk` cannot be used, or lacks the space.
         """
         self._chunks, self._parts = chunks, parts
         self._piece_bytes, self._compute_dtype = piece_bytes, compute_dtype
         buffers = 0
         if disk:
-            buffers = (2 if train else 1) * DISK_PIECES * piece_bytes
+            buffers = (2 if train and gpu_direct is None else 1) * DISK_PIECES * piece_bytes
             buffers += staging_bytes(piece_bytes, compute_dtype) if train else 0
             if host_memory is None:
                 host_memory = int(host_pressure.available_memory() * SHARE_OF_AVAILABLE)
@@ -92,6 +94,8 @@ class Tiers:
         self.store = DiskStore(disk, disk_memory) if disk else None
         if self.store is not None:
             try:
+                if gpu_direct is not None:
+                    self.store.use_gpu_direct(gpu_direct)
                 self.store.reserve(sum(part.disk_bytes for part in self.on_disk))
                 for part in self._sorted(self.on_disk):
                     self.store.add(part, self._label(part))

@@ -92,6 +92,7 @@ class Storage {
 
  private:
   friend class Region;
+  friend class GpuDirect;
   friend class Transfers;
   std::shared_ptr<Impl> impl_;
 };
@@ -109,6 +110,7 @@ class Region {
   std::uint64_t base() const { return base_; }  // in the striped space of the whole Storage
 
  private:
+  friend class GpuDirect;
   friend class Transfers;
   std::shared_ptr<Storage::Impl> storage_;
   std::string name_;

@@ -36,6 +36,7 @@ class Options:
         host_memory: budget of host memory such as "100GiB", or bytes; None: no limit, or what is available with `disk`.
         disk: directories for swap files, one on each drive.
         disk_memory: bytes that may lie there; None: what the drives have free.
+        gpu_direct: saved inputs go there past host memory, by cuFile.
         compute_dtype: "auto", "bfloat16" or "float32". "auto" is bfloat16 on a card, and on the host backend the one
             that this CPU multiplies faster.
         moments: what the optimizer's moments are kept in, "float32" or "8bit".
@@ -71,6 +72,7 @@ class Options:
     host_memory: str | int | None = None
     disk: tuple[Path, ...] = ()
     disk_memory: str | int | None = None
+    gpu_direct: bool = False
     compute_dtype: str = "auto"
     moments: str = "float32"
     window: int = 2
@@ -135,6 +137,8 @@ class Options:
                 raise InputError(str(error)) from error
         if self.disk_memory is not None and not self.disk:
             raise InputError("--disk-memory is given without --disk", "Say where the swap files go with --disk DIR.")
+        if self.gpu_direct and not self.disk:
+            raise InputError("--gpu-direct is given without --disk", "Say where the swap files go with --disk DIR.")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run, --overwrite replaces it", "Give one of the two.")
         if self.eval_fraction and self.eval_data is not None:
@@ -157,6 +161,7 @@ class Options:
             "host_memory": self.host_memory,
             "disk": list(self.disk) or None,
             "disk_memory": self.disk_memory,
+            "gpu_direct": self.gpu_direct,
             "moments": self.moments,
             "window": self.window,
             "micro_batch": self.micro_batch,
