@@ -20,6 +20,7 @@ from slidecore import _core, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
 from slidecore.deferred_updates import DeferredUpdates
+from slidecore.edits import note_version, take_over
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
 from slidecore.integrations.huggingface import accelerated
@@ -265,6 +266,7 @@ class Engine:
 
         def adopt(chunk: Chunk, entry: Entry) -> None:
             self.entries[id(entry.parameter)] = (chunk, entry)
+            note_version(entry)
             if entry.trainable:
                 hook = entry.parameter.register_post_accumulate_grad_hook(_stray_gradient(entry.name))
                 self._stray_hooks.append(hook)
@@ -444,6 +446,7 @@ class Engine:
     def begin_root_forward(self) -> None:
         """Called when the offloaded model, or a part of it that holds blocks, is called."""
         self.scheduler.check()
+        self.take_over_edits()
         self.activations.position = 0
         self._inferred = []
         if not torch.is_grad_enabled() or not self.train:
@@ -485,10 +488,12 @@ class Engine:
 
     def begin_backward(self, record: Record | HeadRecord | None) -> None:
         """Called at every backward visit; at the first one of a pass it fixes the update's settings."""
+        if self.state not in ("backward", "updated"):
+            self.take_over_edits()
         if record is not None and record.generation != self.generation and self.state != "updated":
             raise UsageError(
-                "the weights were updated after this forward, so its backward would be wrong; call the model again "
-                "after each optimizer.step()"
+                "the weights were updated after this forward (or changed in place), so its backward would be wrong; "
+                "call the model again after each optimizer.step() or change"
             )
         if self.state == "updated":
             raise UsageError(
@@ -606,10 +611,17 @@ class Engine:
         self.scheduler.check()
         if self.state == "backward":
             self._give_up_backward()
-        self.state = "idle"
+        updated, self.state = self.state == "updated", "idle"
+        edited = self.take_over_edits()
         self.updates.step(optimizer)
         if self._passes:
             self._passes_to_step, self._passes = self._passes, 0
+        if updated and edited:
+            raise UsageError(
+                f"{edited[0]} was changed in place between backward and step(), while backward was updating it "
+                f"(overlap updates). Change parameters after step() and slidecore.synchronize(model), or use "
+                f"slidecore.AdamW(..., update='deferred')"
+            )
 
     def zero_grad(self) -> None:
         """optimizer.zero_grad()."""
@@ -645,6 +657,10 @@ class Engine:
                 self.planes.clear_moments(chunk, updated)
                 for entry in updated:
                     entry.step = 0
+
+    def take_over_edits(self) -> list[str]:
+        """Makes count what users have changed in parameters; returns the names of those. See `edits`."""
+        return take_over(self, self.entries.values())
 
     def drain(self) -> None:
         """Waits until planes and lanes are at rest; errors of lanes are raised."""

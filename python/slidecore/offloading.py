@@ -15,6 +15,7 @@ from torch import nn
 from slidecore import roots
 from slidecore.absent_parameters import check_present
 from slidecore.backend import Backend
+from slidecore.edits import note_version, overwritten, take_over
 from slidecore.engine import Engine, engines
 from slidecore.errors import ModelError, UsageError
 from slidecore.integrations import huggingface, liger
@@ -195,8 +196,7 @@ def _hook(model: nn.Module, engine: Engine) -> None:
         for parameter in module._parameters.values():
             if id(parameter) in engine.entries:
                 chunk, entry = engine.entries[id(parameter)]
-                engine.planes.clear_residual(chunk, entry)
-                engine.scheduler.invalidate(chunk.index)
+                overwritten(engine, chunk, entry)
 
     def settle(module: nn.Module, *_: Any) -> None:
         check_present(
@@ -351,7 +351,9 @@ def assign_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     chunk, entry = _entry_of(model, engine, name)
     engine.scheduler.synchronize()
     engine.planes.write(chunk, entry, tensor)
+    note_version(entry)  # what was changed in place before is replaced
     engine.scheduler.invalidate(chunk.index)
+    engine.generation += 1
 
 
 def master_parameter(model: nn.Module, name: str) -> torch.Tensor:
@@ -364,6 +366,7 @@ def master_parameter(model: nn.Module, name: str) -> torch.Tensor:
     engine = engine_of(model)
     chunk, entry = _entry_of(model, engine, name)
     engine.scheduler.synchronize()
+    take_over(engine, [(chunk, entry)])
     return engine.planes.master(chunk, entry)
 
 

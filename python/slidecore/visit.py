@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from slidecore.calls import Call, Output
 from slidecore.captures import Capture, Captured, unnoticed
+from slidecore.edits import take_over
 from slidecore.errors import UsageError
 from slidecore.graphs import VisitGraph, outliving
 from slidecore.integrations.transformers_caches import refuse_cache
@@ -204,6 +205,8 @@ class Visits:
         """What an offloaded module's forward does."""
         engine = self._engine
         engine.scheduler.check()
+        if not engine.in_root:  # which has looked already
+            take_over(engine, [(use.chunk, entry) for entry in use.chunk.entries])
         if not torch.is_grad_enabled():
             return self._inference(use, args, kwargs)
         modules = list(use.module.modules())

@@ -119,6 +119,7 @@ def save_checkpoint(
     limit = parse_size(shard_size, "shard_size")
     check_target(target, overwrite=overwrite)
     engine.drain()
+    engine.take_over_edits()
 
     state = training_state.encode(training_state.collect(model, engine, optimizer, scheduler, extra))
     stop = Stop()
@@ -168,6 +169,7 @@ def write_model(
     """
     engine = engine_of(model)
     engine.drain()
+    engine.take_over_edits()
     stop = Stop()
     weights = plan_weight_files(model, engine, parse_size(shard_size, "shard_size"))
     write_side_files(model, tokenizer, directory)
