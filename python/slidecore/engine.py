@@ -33,6 +33,7 @@ from slidecore.planner import (
     device_needs,
     head_costs,
 )
+from slidecore.refusals import check_held, check_trainable
 from slidecore.saved_inputs import SavedInputs
 from slidecore.tiers import DISK_PIECES, Tiers
 from slidecore.updates import OverlapUpdates, Updates
@@ -446,18 +447,14 @@ class Engine:
     def begin_root_forward(self) -> None:
         """Called when the offloaded model, or a part of it that holds blocks, is called."""
         self.scheduler.check()
+        check_held(entry for _, entry in self.entries.values())
         self.take_over_edits()
         self.activations.position = 0
         self._inferred = []
         if not torch.is_grad_enabled() or not self.train:
             self.set_mode("infer")
             return
-        for chunk, entry in self.entries.values():
-            if entry.trainable != entry.parameter.requires_grad and self.train:
-                raise UsageError(
-                    f"{entry.name}.requires_grad was changed to {entry.parameter.requires_grad} after offload(); set "
-                    f"it before, so that {chunk.name!r} has the planes it needs"
-                )
+        check_trainable(entry for _, entry in self.entries.values())
         self._recover()
         if self.state == "forward" and not self._live:
             # The graphs of earlier forwards were dropped without a backward.

@@ -24,6 +24,7 @@ from slidecore.kept import Keep, choose
 from slidecore.parameters import bring_back_weights
 from slidecore.partition import Chunk, Entry
 from slidecore.planes import Moments
+from slidecore.refusals import check_initialized, check_model
 from slidecore.sizes import parse_size
 
 logger = logging.getLogger("slidecore")
@@ -104,8 +105,9 @@ def offload(
         disk_memory: bytes that may lie there; None takes what the drives have free.
 
     Raises:
-        ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, or `keep` names
-            what the model does not have.
+        ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, `keep` names
+            what the model does not have, a parameter has a hook for its gradient, an embedding is sparse, or a lazy
+            module is not initialized.
         BudgetError: `device_memory`, `host_memory` or `disk_memory` is too small; the message says what works.
         slidecore._core.Error: a directory of `disk` cannot be used, another process uses it, or it lacks the space.
         ValueError: an argument is out of its range.
@@ -146,7 +148,9 @@ def offload(
         raise ValueError(f"kernels={kernels!r} must be 'auto', 'liger' or 'torch'")
     if disk_memory is not None and not _directories(disk):
         raise ValueError("disk_memory= needs disk=[directory, ...]")
+    check_initialized(model)
     kept = choose(model, keep)
+    check_model(model, kept, train)
     undo_kernels = liger.apply(model, kernels, on_card=not backend.is_host)
     engine = Engine(
         model,
