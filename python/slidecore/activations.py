@@ -28,7 +28,7 @@ from slidecore.planner import (
     plan_head,
 )
 from slidecore.repeating import RandomState, unchanged_buffers
-from slidecore.visit import Use, leaves_of, run_again, run_captured, swapped
+from slidecore.visit import ChangedWeightError, Use, leaves_of, run_again, run_captured, swapped
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
@@ -37,6 +37,8 @@ logger = logging.getLogger("slidecore")
 
 # Tensors smaller than this are not worth a trip to host memory.
 SMALLEST_SAVED = 4096
+# What a run with fewer samples may raise and the whole batch would, too.
+_NOT_OF_THE_SPLIT = (torch.OutOfMemoryError, ChangedWeightError)
 _CROSS_BATCH = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -157,7 +159,7 @@ class Activations:
             try:
                 self._graph_bytes[key, splittable] = self._probe(use, call, sample, kept)
             except Exception as error:  # a block's own code, which may count on all of what is no batch
-                if not splittable or isinstance(error, torch.OutOfMemoryError):
+                if not splittable or isinstance(error, _NOT_OF_THE_SPLIT):
                     raise
                 return self._plan_whole(use, call, tensors, kept, main, key, f"cannot run with one sample ({error})")
         inputs = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad) or (
@@ -179,7 +181,7 @@ class Activations:
             try:
                 independent = self._independent(use, call, tensors, kept, split)
             except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, _NOT_OF_THE_SPLIT):
                     raise
                 return self._plan_whole(use, call, tensors, kept, main, key, f"cannot run with two samples ({error})")
             if not independent:

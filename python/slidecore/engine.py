@@ -37,7 +37,7 @@ from slidecore.refusals import check_held, check_trainable
 from slidecore.saved_inputs import SavedInputs
 from slidecore.tiers import DISK_PIECES, Tiers
 from slidecore.updates import OverlapUpdates, Updates
-from slidecore.visit import Record, Use, Visits, leaves_of, swapped
+from slidecore.visit import ChangedWeightError, Record, Use, Visits, leaves_of, swapped
 
 if TYPE_CHECKING:
     from slidecore.head import HeadRecord
@@ -368,10 +368,16 @@ class Engine:
         if self.in_root and self._mode == "infer":
             self._inferred.append((chunk.index, phase, True, False))
         address = self.scheduler.acquire(chunk.index, phase, self.backend.stream())
+        spoiled = False
         try:
             yield self._slots[address]
+        except ChangedWeightError:
+            spoiled = True
+            raise
         finally:
             self.scheduler.release(chunk.index, phase, self.backend.stream())
+            if spoiled:
+                self.scheduler.invalidate(chunk.index)
 
     def set_mode(self, mode: str) -> None:
         """Tells the scheduler which visits come: of training steps ("train"), of passes that no update follows

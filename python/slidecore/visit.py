@@ -91,7 +91,12 @@ class Record:
 
 @contextlib.contextmanager
 def swapped(chunk: Chunk, leaves: dict[Entry, torch.Tensor]) -> Iterator[None]:
-    """Puts `leaves` where the chunk's modules hold their parameters, and the parameters back afterwards."""
+    """Puts `leaves` where the chunk's modules hold their parameters, and the parameters back afterwards.
+
+    Raises:
+        ChangedWeightError: a leaf was changed in place.
+    """
+    versions = [leaf._version for leaf in leaves.values()]
     for entry, leaf in leaves.items():
         for module, attribute in entry.owners:
             module._parameters[attribute] = leaf  # type: ignore[assignment]
@@ -101,13 +106,31 @@ def swapped(chunk: Chunk, leaves: dict[Entry, torch.Tensor]) -> Iterator[None]:
         for entry in leaves:
             for module, attribute in entry.owners:
                 module._parameters[attribute] = entry.parameter
+    for (entry, leaf), version in zip(leaves.items(), versions, strict=True):
+        if leaf._version != version:
+            raise ChangedWeightError(_changed_in_forward(chunk, entry))
+
+
+class ChangedWeightError(UsageError):
+    """A module changed a weight in its slot, which is the next chunk's soon: the change would be lost."""
+
+
+def _changed_in_forward(chunk: Chunk, entry: Entry) -> str:
+    keep = "" if chunk.kind == "block" else f", or keep the parameter on the device: keep=[{entry.name!r}]"
+    return (
+        f"the forward of a {type(entry.owners[0][0]).__name__} changed its parameter {entry.name} in place (as "
+        f"nn.Embedding(max_norm=...) does), which would be lost: visits compute with a copy of offloaded weights. "
+        f"Compute with a changed value instead (`F.linear(x, self.weight / norm)`), or change the parameter between "
+        f"steps, after slidecore.synchronize(model){keep}"
+    )
 
 
 def leaves_of(chunk: Chunk, slot: torch.Tensor, graph: bool) -> dict[Entry, torch.Tensor]:
-    """Parameters over the slot's memory, one for each entry of the chunk."""
+    """Parameters over the slot's memory, one for each entry of the chunk, each with a version of its own."""
     return {
         entry: nn.Parameter(
-            slot[entry.offset : entry.offset + entry.numel].view(entry.shape), requires_grad=graph and entry.trainable
+            slot[entry.offset : entry.offset + entry.numel].view(entry.shape).data,
+            requires_grad=graph and entry.trainable,
         )
         for entry in chunk.entries
     }

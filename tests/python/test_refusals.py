@@ -134,3 +134,63 @@ def test_replacing_after_offload(offload: Offload) -> None:
     model.enter.weight = nn.Parameter(torch.zeros(13, 7))
     with pytest.raises(slidecore.UsageError, match=r"enter\.weight \(attribute 'weight' of a Linear\) was replaced"):
         F.mse_loss(model(batch["x"]), batch["target"])
+
+
+class Renormalised(nn.Module):
+    """A block that divides its weight by its norm, in place, where that is more than 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(13, 13)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.linear.weight.div_(self.linear.weight.norm().clamp_min(1))
+        return x + torch.tanh(self.linear(x))
+
+
+class Scaled(Stack):
+    """Changes a parameter that a module around the blocks holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.scale.mul_(0.5)
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 2}, {"keep_graphs": 9}, {"device_memory": "1MiB"}])
+def test_block_that_changes_its_weight(offload: Offload, options: dict[str, object], gradients: bool) -> None:
+    model, batch = offload(Stack(block=Renormalised), **options), feature_batches(1)[0]
+    match = r"forward of a Linear changed its parameter blocks\.0\.linear\.weight in place"
+    before = weights(model)
+    for _ in range(2):  # the slot that holds the change is not taken for the weight
+        with torch.set_grad_enabled(gradients), pytest.raises(slidecore.UsageError, match=match):
+            model(batch["x"])
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+
+
+def test_module_around_the_blocks_that_changes_its_parameter(offload: Offload) -> None:
+    with pytest.raises(slidecore.UsageError, match=r"a Scaled changed its parameter scale in place.*keep=\['scale'\]"):
+        offload(Scaled())(feature_batches(1)[0]["x"])
+
+
+def test_embedding_with_max_norm(offload: Offload) -> None:
+    plain, ids = Embedded(max_norm=1.0), torch.randint(0, 20, (2, 3))
+    with pytest.raises(slidecore.UsageError, match=r"Embedding changed its parameter embedding\.weight.*keep="):
+        offload(clone(plain))(ids)
+    model = offload(clone(plain), keep=["embedding.weight"])
+    optimizer = slidecore.AdamW(model.blocks.parameters(), lr=1e-3)
+    reference = torch.optim.AdamW(plain.blocks.parameters(), lr=1e-3)
+    for m, o in ((plain, reference), (model, optimizer)):
+        for _ in range(3):
+            m(ids).square().mean().backward()
+            o.step()
+            o.zero_grad()
+    slidecore.synchronize(model)
+    assert torch.equal(model.embedding.weight, plain.embedding.weight)
+    assert all(torch.allclose(w, weights(plain)[name], atol=1e-6) for name, w in weights(model).items())
