@@ -25,7 +25,7 @@ from slidecore.integrations.transformers_caches import refuse_cache
 from slidecore.kept import KeptParameter, replaced, trained
 from slidecore.micro_batches import input_gradients, join, output_gradients, part, same
 from slidecore.partition import Chunk, Entry
-from slidecore.repeating import RandomState, in_modes, unchanged_buffers
+from slidecore.repeating import Buffers, RandomState, in_modes, unchanged_buffers
 from slidecore.saved_inputs import SavedInput
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Record:
     saved: list[SavedInput] = field(default_factory=list)
     split: list[bool] = field(default_factory=list)
     random: list[RandomState] = field(default_factory=list)
+    buffers: list[Buffers] = field(default_factory=list)  # those that each micro-batch changed, as it found them
     graphs: list[VisitGraph] = field(default_factory=list)
     output: Output | None = None
     input_sizes: list[list[torch.Size]] = field(default_factory=list)  # of each micro-batch
@@ -83,7 +84,7 @@ class Record:
         self.consumed = True
         for saved in self.saved:
             saved.free()
-        self.saved, self.graphs, self.random = [], [], []
+        self.saved, self.graphs, self.random, self.buffers = [], [], [], []
         self.engine.backend.drop(self.held)
         self.held = 0
         self.previous = None
@@ -291,7 +292,9 @@ class Visits:
                 before.set(engine.backend.torch_device)
                 engine.backend.drop(record.held)
                 record.micro_batches, record.held = 1, 0
-                record.random, record.graphs, record.input_sizes = [], [], []
+                for buffers in reversed(record.buffers):
+                    buffers.put_back()
+                record.random, record.buffers, record.graphs, record.input_sizes = [], [], [], []
                 parts = self._forward_parts(record, slot, tensors)
         if record.micro_batches > 1:
             record.output_sizes = [[t.shape[0] if t.dim() else 0 for t in part] for part in parts]
@@ -341,6 +344,8 @@ class Visits:
         if not record.keep_graph:
             record.random.append(RandomState.capture(engine.backend.torch_device))
             record.modes = [m.training for m in record.modules]
+        again = not record.keep_graph or record.micro_batches > 1
+        before = Buffers.capture(use.module) if again else Buffers()
         leaves = self._leaves(use, slot, graph)
 
         def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -349,6 +354,7 @@ class Visits:
             return outputs
 
         outputs = graph.run(slot, inputs, record.requires_grad, self.anchor, module)
+        record.buffers.append(before.changed())
         record.graphs.append(graph)
         record.input_sizes.append([t.shape for t in inputs])
         record.held += graph.nbytes
@@ -422,6 +428,7 @@ class Visits:
             unnoticed(record.modules),
             unchanged_buffers(use.module),
         ):
+            record.buffers[index].put_back()
             graph.refill(slot, inputs, module)
         engine.backend.hold(graph.nbytes)
 
