@@ -19,6 +19,7 @@ from torch import nn
 from slidecore import _core, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
+from slidecore.compiling import uncompiled
 from slidecore.deferred_updates import DeferredUpdates
 from slidecore.edits import note_version, take_over
 from slidecore.errors import UsageError
@@ -295,7 +296,7 @@ class Engine:
     def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Until `unwrap`."""
         self._own_forwards.setdefault(module, module.__dict__.get("forward"))
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = uncompiled(forward)  # type: ignore[method-assign]
 
     def unwrap(self) -> None:
         for module, forward in self._own_forwards.items():
