@@ -26,7 +26,7 @@ from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
 from slidecore.integrations.huggingface import accelerated
 from slidecore.kept import kept_bytes
-from slidecore.parameters import move_into_planes, point_parameters
+from slidecore.parameters import check_pointing, move_into_planes, point_parameters
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Moments, Planes, lay_out, parts_of
 from slidecore.planner import (
@@ -455,6 +455,8 @@ class Engine:
         """Called when the offloaded model, or a part of it that holds blocks, is called."""
         self.scheduler.check()
         check_held(entry for _, entry in self.entries.values())
+        for chunk in self.chunks:
+            check_pointing(self.planes, chunk)
         self.take_over_edits()
         self.activations.position = 0
         self._inferred = []

@@ -136,6 +136,17 @@ def test_replacing_after_offload(offload: Offload) -> None:
         F.mse_loss(model(batch["x"]), batch["target"])
 
 
+@pytest.mark.parametrize("how", ["assigned", "converted"])
+def test_replacing_the_data(offload: Offload, how: str) -> None:
+    model, batch = offload(Stack()), feature_batches(1)[0]
+    if how == "assigned":
+        model.enter.weight.data = torch.zeros(13, 7)
+    else:
+        model.enter.double()
+    with pytest.raises(slidecore.UsageError, match=r"enter\.weight\.data was replaced after offload.*assign_parameter"):
+        model(batch["x"])
+
+
 class Renormalised(nn.Module):
     """A block that divides its weight by its norm, in place, where that is more than 1."""
 
