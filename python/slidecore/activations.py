@@ -27,8 +27,9 @@ from slidecore.planner import (
     plan_activations,
     plan_head,
 )
-from slidecore.repeating import RandomState, unchanged_buffers
-from slidecore.visit import Use, leaves_of, run_again, run_captured, swapped
+from slidecore.repeating import Buffers, RandomState, unchanged_buffers
+from slidecore.sample_values import alone, beside_another
+from slidecore.visit import ChangedWeightError, Use, leaves_of, run_again, run_captured, swapped
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
@@ -37,6 +38,8 @@ logger = logging.getLogger("slidecore")
 
 # Tensors smaller than this are not worth a trip to host memory.
 SMALLEST_SAVED = 4096
+# What a run with fewer samples may raise and the whole batch would, too.
+_NOT_OF_THE_SPLIT = (torch.OutOfMemoryError, ChangedWeightError)
 _CROSS_BATCH = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -157,7 +160,7 @@ class Activations:
             try:
                 self._graph_bytes[key, splittable] = self._probe(use, call, sample, kept)
             except Exception as error:  # a block's own code, which may count on all of what is no batch
-                if not splittable or isinstance(error, torch.OutOfMemoryError):
+                if not splittable or isinstance(error, _NOT_OF_THE_SPLIT):
                     raise
                 return self._plan_whole(use, call, tensors, kept, main, key, f"cannot run with one sample ({error})")
         inputs = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad) or (
@@ -179,11 +182,13 @@ class Activations:
             try:
                 independent = self._independent(use, call, tensors, kept, split)
             except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, _NOT_OF_THE_SPLIT):
                     raise
                 return self._plan_whole(use, call, tensors, kept, main, key, f"cannot run with two samples ({error})")
             if not independent:
-                reason = "has samples along dimension 0 that depend on each other (batch_first=False?)"
+                reason = (
+                    "changes buffers, or has samples along dimension 0 that depend on each other (batch_first=False?)"
+                )
                 return self._plan_whole(use, call, tensors, kept, main, key, reason)
             self._separable.add(kind)
         logger.info("%s with batch %d: %s", type(use.module).__name__, batch, plan)
@@ -234,8 +239,8 @@ class Activations:
         """Which of a block's outputs have rows for each sample along dimension 0."""
         kind = type(use.module).__name__
         if (kind, outputs) not in self._batched:
-            with self._beside(use, kept, graph=True):
-                self._samples(use, call, tensors, requires_grad, split)
+            with self._beside(use, kept, graph=True) as state:
+                self._samples(use, call, tensors, requires_grad, split, state)
         return self._batched[kind, outputs]
 
     def _samples(
@@ -245,23 +250,43 @@ class Activations:
         tensors: Sequence[torch.Tensor],
         requires_grad: Sequence[bool],
         split: Sequence[bool],
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Runs one sample and two, which tells the outputs with rows for each; returns inputs and outputs of two."""
-        runs: list[list[torch.Tensor]] = []
-        for samples in (1, 2):
-            own = [t.detach()[:samples] if s else t.detach() for t, s in zip(tensors, split, strict=True)]
-            own = [t.requires_grad_(r) for t, r in zip(own, requires_grad, strict=True)]
-            runs.append(run_captured(use, list(use.module.modules()), call, [t.clone() for t in own], [])[1])
-        one, two = runs
+        state: RandomState,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """Runs one sample and two, which tells the outputs with rows for each.
+
+        Returns:
+            Outputs of one, detached, and inputs and outputs of two.
+        """
+        one = [t.detach() for t in self._run_rows(use, call, tensors, requires_grad, split, state, [0])[1]]
+        own, two = self._run_rows(use, call, tensors, requires_grad, split, state, [0, 1])
         kind = type(use.module).__name__
         self._batched[kind, len(two)] = [
             a.dim() == b.dim() > 0 and b.shape[0] == 2 * a.shape[0] > 0 for a, b in zip(one, two, strict=True)
         ]
-        return own, two
+        return one, own, two
+
+    def _run_rows(
+        self,
+        use: Use,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        requires_grad: Sequence[bool],
+        split: Sequence[bool],
+        state: RandomState,
+        rows: list[int],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Runs the block on these samples, from this random state; returns inputs and outputs."""
+        state.set(self._engine.backend.torch_device)
+        own = [t.detach()[rows] if s else t.detach() for t, s in zip(tensors, split, strict=True)]
+        own = [t.requires_grad_(r) for t, r in zip(own, requires_grad, strict=True)]
+        return own, run_captured(use, list(use.module.modules()), call, [t.clone() for t in own], [])[1]
 
     @contextlib.contextmanager
-    def _beside(self, use: Use, kept: Sequence[KeptParameter], *, graph: bool) -> Iterator[None]:
-        """Runs of the block inside leave nothing behind; its weights have gradients of their own if `graph`."""
+    def _beside(self, use: Use, kept: Sequence[KeptParameter], *, graph: bool) -> Iterator[RandomState]:
+        """Runs of the block inside leave nothing behind; its weights have gradients of their own if `graph`.
+
+        Yields the random state, which is set again afterwards.
+        """
         state = RandomState.capture(self._engine.backend.torch_device)
         try:
             with (
@@ -272,7 +297,7 @@ class Activations:
                 unchanged_buffers(use.module),
                 torch.enable_grad(),
             ):
-                yield
+                yield state
         finally:
             state.set(self._engine.backend.torch_device)
 
@@ -284,12 +309,29 @@ class Activations:
         kept: Sequence[KeptParameter],
         split: list[bool],
     ) -> bool:
-        """Whether neither of two samples' outputs depends on the other's inputs, by their exact gradients."""
+        """Whether neither of two samples' outputs depends on the other's inputs.
+
+        By their exact gradients; and by their values, where they mix past autograd (a scale from a detached maximum).
+        """
         wanted = [s and t.is_floating_point() for t, s in zip(tensors, split, strict=True)]
-        with self._beside(use, kept, graph=False):
-            inputs, outputs = self._samples(use, call, tensors, wanted, split)
+        with self._beside(use, kept, graph=False) as state:
+            buffers = Buffers.capture(use.module)
+            twins = [
+                [t.detach() for t in self._run_rows(use, call, tensors, wanted, split, state, [sample, sample])[1]]
+                for sample in (0, 1)
+            ]
+            if buffers.changed():
+                return False  # each micro-batch would start from those that the one before has left
+            random = RandomState.capture(self._engine.backend.torch_device)
+            one, inputs, outputs = self._samples(use, call, tensors, wanted, split, state)
             batched = self._batched[type(use.module).__name__, len(outputs)]
             # The others, if they cannot be joined, are found and reported by the first visit.
+            compared = [i for i, rows in enumerate(batched) if rows and outputs[i].is_floating_point()]
+            two = [outputs[i].detach() for i in compared]
+            if not beside_another(two, [[twin[i] for i in compared] for twin in twins]):
+                return False
+            if random.is_same(state) and not alone(two, [one[i] for i in compared]):
+                return False
             outputs = [o for o, rows in zip(outputs, batched, strict=True) if rows and o.requires_grad]
             for sample in range(2 if outputs else 0):
                 parts = [o.chunk(2)[sample] for o in outputs]

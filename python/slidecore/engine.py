@@ -19,12 +19,14 @@ from torch import nn
 from slidecore import _core, host_pressure, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
+from slidecore.compiling import uncompiled
 from slidecore.deferred_updates import DeferredUpdates
+from slidecore.edits import note_version, take_over
 from slidecore.errors import UsageError
 from slidecore.gradients import GradientBuffers, GradientSum
 from slidecore.integrations.huggingface import accelerated
 from slidecore.kept import kept_bytes
-from slidecore.parameters import move_into_planes, point_parameters
+from slidecore.parameters import check_pointing, move_into_planes, point_parameters
 from slidecore.partition import Chunk, Entry, partition
 from slidecore.planes import Moments, Planes, lay_out, parts_of
 from slidecore.planner import (
@@ -32,10 +34,11 @@ from slidecore.planner import (
     device_needs,
     head_costs,
 )
+from slidecore.refusals import check_held, check_trainable
 from slidecore.saved_inputs import SavedInputs
 from slidecore.tiers import DISK_PIECES, Tiers
 from slidecore.updates import OverlapUpdates, Updates
-from slidecore.visit import Record, Use, Visits, leaves_of, swapped
+from slidecore.visit import ChangedWeightError, Record, Use, Visits, leaves_of, swapped
 
 if TYPE_CHECKING:
     from slidecore.head import HeadRecord
@@ -269,6 +272,7 @@ class Engine:
 
         def adopt(chunk: Chunk, entry: Entry) -> None:
             self.entries[id(entry.parameter)] = (chunk, entry)
+            note_version(entry)
             if entry.trainable:
                 hook = entry.parameter.register_post_accumulate_grad_hook(_stray_gradient(entry.name))
                 self._stray_hooks.append(hook)
@@ -296,7 +300,7 @@ class Engine:
     def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Until `unwrap`."""
         self._own_forwards.setdefault(module, module.__dict__.get("forward"))
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = uncompiled(forward)  # type: ignore[method-assign]
 
     def unwrap(self) -> None:
         for module, forward in self._own_forwards.items():
@@ -369,10 +373,16 @@ class Engine:
         if self.in_root and self._mode == "infer":
             self._inferred.append((chunk.index, phase, True, False))
         address = self.scheduler.acquire(chunk.index, phase, self.backend.stream())
+        spoiled = False
         try:
             yield self._slots[address]
+        except ChangedWeightError:
+            spoiled = True
+            raise
         finally:
             self.scheduler.release(chunk.index, phase, self.backend.stream())
+            if spoiled:
+                self.scheduler.invalidate(chunk.index)
 
     def set_mode(self, mode: str) -> None:
         """Tells the scheduler which visits come: of training steps ("train"), of passes that no update follows
@@ -448,17 +458,16 @@ class Engine:
     def begin_root_forward(self) -> None:
         """Called when the offloaded model, or a part of it that holds blocks, is called."""
         self.scheduler.check()
+        check_held(entry for _, entry in self.entries.values())
+        for chunk in self.chunks:
+            check_pointing(self.planes, chunk)
+        self.take_over_edits()
         self.activations.position = 0
         self._inferred = []
         if not torch.is_grad_enabled() or not self.train:
             self.set_mode("infer")
             return
-        for chunk, entry in self.entries.values():
-            if entry.trainable != entry.parameter.requires_grad and self.train:
-                raise UsageError(
-                    f"{entry.name}.requires_grad was changed to {entry.parameter.requires_grad} after offload(); set "
-                    f"it before, so that {chunk.name!r} has the planes it needs"
-                )
+        check_trainable(entry for _, entry in self.entries.values())
         self._recover()
         if self.state == "forward" and not self._live:
             # The graphs of earlier forwards were dropped without a backward.
@@ -489,10 +498,12 @@ class Engine:
 
     def begin_backward(self, record: Record | HeadRecord | None) -> None:
         """Called at every backward visit; at the first one of a pass it fixes the update's settings."""
+        if self.state not in ("backward", "updated"):
+            self.take_over_edits()
         if record is not None and record.generation != self.generation and self.state != "updated":
             raise UsageError(
-                "the weights were updated after this forward, so its backward would be wrong; call the model again "
-                "after each optimizer.step()"
+                "the weights were updated after this forward (or changed in place), so its backward would be wrong; "
+                "call the model again after each optimizer.step() or change"
             )
         if self.state == "updated":
             raise UsageError(
@@ -610,10 +621,17 @@ class Engine:
         self.scheduler.check()
         if self.state == "backward":
             self._give_up_backward()
-        self.state = "idle"
+        updated, self.state = self.state == "updated", "idle"
+        edited = self.take_over_edits()
         self.updates.step(optimizer)
         if self._passes:
             self._passes_to_step, self._passes = self._passes, 0
+        if updated and edited:
+            raise UsageError(
+                f"{edited[0]} was changed in place between backward and step(), while backward was updating it "
+                f"(overlap updates). Change parameters after step() and slidecore.synchronize(model), or use "
+                f"slidecore.AdamW(..., update='deferred')"
+            )
 
     def zero_grad(self) -> None:
         """optimizer.zero_grad()."""
@@ -649,6 +667,10 @@ class Engine:
                 self.planes.clear_moments(chunk, updated)
                 for entry in updated:
                     entry.step = 0
+
+    def take_over_edits(self) -> list[str]:
+        """Makes count what users have changed in parameters; returns the names of those. See `edits`."""
+        return take_over(self, self.entries.values())
 
     def drain(self) -> None:
         """Waits until planes and lanes are at rest; errors of lanes are raised."""

@@ -15,6 +15,7 @@ from torch import nn
 from slidecore import cufile, roots
 from slidecore.absent_parameters import check_present
 from slidecore.backend import Backend
+from slidecore.edits import note_version, overwritten, take_over
 from slidecore.engine import Engine, engines
 from slidecore.errors import ModelError, UsageError
 from slidecore.integrations import huggingface, liger
@@ -23,6 +24,7 @@ from slidecore.kept import Keep, choose
 from slidecore.parameters import bring_back_weights
 from slidecore.partition import Chunk, Entry
 from slidecore.planes import Moments
+from slidecore.refusals import check_initialized, check_model
 from slidecore.sizes import parse_size
 
 logger = logging.getLogger("slidecore")
@@ -106,8 +108,9 @@ def offload(
             Storage), without a copy in host memory where the nvidia-fs kernel module is loaded.
 
     Raises:
-        ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, or `keep` names
-            what the model does not have.
+        ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, `keep` names
+            what the model does not have, a parameter has a hook for its gradient, an embedding is sparse, or a lazy
+            module is not initialized.
         BudgetError: `device_memory`, `host_memory` or `disk_memory` is too small; the message says what works.
         slidecore._core.Error: a directory of `disk` cannot be used, another process uses it, or it lacks the space.
         ValueError: an argument is out of its range.
@@ -150,7 +153,9 @@ def offload(
         raise ValueError("disk_memory= needs disk=[directory, ...]")
     if gpu_direct:
         cufile.check(backend, has_disk=bool(_directories(disk)), train=train)
+    check_initialized(model)
     kept = choose(model, keep)
+    check_model(model, kept, train)
     undo_kernels = liger.apply(model, kernels, on_card=not backend.is_host)
     engine = Engine(
         model,
@@ -201,8 +206,7 @@ def _hook(model: nn.Module, engine: Engine) -> None:
         for parameter in module._parameters.values():
             if id(parameter) in engine.entries:
                 chunk, entry = engine.entries[id(parameter)]
-                engine.planes.clear_residual(chunk, entry)
-                engine.scheduler.invalidate(chunk.index)
+                overwritten(engine, chunk, entry)
 
     def settle(module: nn.Module, *_: Any) -> None:
         check_present(
@@ -358,7 +362,9 @@ def assign_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     chunk, entry = _entry_of(model, engine, name)
     engine.scheduler.synchronize()
     engine.planes.write(chunk, entry, tensor)
+    note_version(entry)  # what was changed in place before is replaced
     engine.scheduler.invalidate(chunk.index)
+    engine.generation += 1
 
 
 def master_parameter(model: nn.Module, name: str) -> torch.Tensor:
@@ -371,6 +377,7 @@ def master_parameter(model: nn.Module, name: str) -> torch.Tensor:
     engine = engine_of(model)
     chunk, entry = _entry_of(model, engine, name)
     engine.scheduler.synchronize()
+    take_over(engine, [(chunk, entry)])
     return engine.planes.master(chunk, entry)
 
 

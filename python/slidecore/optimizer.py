@@ -217,6 +217,7 @@ class AdamW(torch.optim.Optimizer):
         """
         engine = self._offloaded()
         engine.drain()
+        engine.take_over_edits()
         packed = super().state_dict()
         split = engine.compute_dtype != torch.float32
         everything = split and engine.has_trained()
@@ -245,6 +246,7 @@ class AdamW(torch.optim.Optimizer):
         """
         engine = self._offloaded()
         engine.drain()
+        engine.take_over_edits()
         self._check_groups_of(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         places = [engine.entries[id(p)] for group in self.param_groups for p in group["params"]]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from slidecore.absent_parameters import make_absent, make_present
+from slidecore.errors import UsageError
 from slidecore.plane import entry_view
 from slidecore.planes import Planes
 
@@ -29,6 +30,20 @@ def _point(planes: Planes, chunk: Chunk, entry: Entry) -> None:
         make_present(entry.parameter, planes.weight.view(chunk, entry))
     else:
         make_absent(entry.parameter, entry.name, entry.shape, planes.weight.dtype)
+
+
+def check_pointing(planes: Planes, chunk: Chunk) -> None:
+    """Raises UsageError where `.data` of a parameter was replaced: what is in it then would not be computed with."""
+    if not planes.weight.present(chunk):
+        return
+    begin, item = planes.weight.address(chunk), planes.weight.itemsize
+    for entry in chunk.entries:
+        if entry.numel and entry.parameter.data_ptr() != begin + entry.offset * item:
+            raise UsageError(
+                f"{entry.name}.data was replaced after offload() (assigned, or by .to() of a part of the model), but "
+                f"an offloaded model computes with the planes that offload() made. Set its value with "
+                f"slidecore.assign_parameter(model, {entry.name!r}, value)"
+            )
 
 
 def move_into_planes(planes: Planes, chunk: Chunk, adopt: Callable[[Entry], None]) -> None:

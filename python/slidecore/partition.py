@@ -32,6 +32,7 @@ class Entry:
     trainable: bool
     offset: int = 0  # in the chunk's planes, in elements
     step: int = 0  # updates so far
+    version: int = 0  # of the parameter, when its value was last known (see `edits`)
 
 
 @dataclass(eq=False)

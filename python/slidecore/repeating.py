@@ -38,6 +38,14 @@ class RandomState:
         finally:
             before.set(device)
 
+    def is_same(self, other: RandomState) -> bool:
+        """Whether no random number was drawn between the two."""
+        devices = (self.device, other.device)
+        same = devices[0] is devices[1] or (
+            devices[0] is not None and devices[1] is not None and torch.equal(devices[0], devices[1])
+        )
+        return same and torch.equal(self.cpu, other.cpu)
+
     def set(self, device: torch.device) -> None:
         torch.set_rng_state(self.cpu)
         if self.device is not None:
@@ -57,12 +65,58 @@ def in_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[No
             m.training = mode
 
 
+@dataclass(eq=False)
+class _Buffer:
+    owner: nn.Module
+    name: str
+    tensor: torch.Tensor
+    version: int
+    value: torch.Tensor
+
+    def has_changed(self) -> bool:
+        return self.owner._buffers.get(self.name) is not self.tensor or _version(self.tensor) != self.version
+
+
+class Buffers:
+    """The buffers of a module and of those below it, as they are at one time."""
+
+    def __init__(self, buffers: Sequence[_Buffer] = ()) -> None:
+        self._buffers = list(buffers)
+
+    @staticmethod
+    def capture(module: nn.Module) -> Buffers:
+        return Buffers(
+            [
+                _Buffer(owner, name, tensor, _version(tensor), tensor.clone())
+                for owner in module.modules()
+                for name, tensor in owner._buffers.items()
+                if tensor is not None
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def changed(self) -> Buffers:
+        """Those that were written to, or replaced, since; as they were."""
+        return Buffers([b for b in self._buffers if b.has_changed()])
+
+    def put_back(self) -> None:
+        """Makes them what they were."""
+        for buffer in self._buffers:
+            buffer.owner._buffers[buffer.name] = buffer.tensor
+            buffer.tensor.data.copy_(buffer.value)  # not a modification that graphs should complain about
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # which tensors made under inference_mode do not have
+
+
 @contextlib.contextmanager
 def unchanged_buffers(module: nn.Module) -> Iterator[None]:
     """Undoes what runs beside the training step's own forward do to buffers (the running statistics of BatchNorm)."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    before = Buffers.capture(module)
     try:
         yield
     finally:
-        for buffer, value in before:
-            buffer.data.copy_(value)  # not a modification that graphs should complain about
+        before.put_back()

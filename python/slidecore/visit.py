@@ -18,13 +18,14 @@ from torch.utils import _pytree as pytree
 
 from slidecore.calls import Call, Output
 from slidecore.captures import Capture, Captured, unnoticed
+from slidecore.edits import take_over
 from slidecore.errors import UsageError
 from slidecore.graphs import VisitGraph, outliving
 from slidecore.integrations.transformers_caches import refuse_cache
 from slidecore.kept import KeptParameter, replaced, trained
 from slidecore.micro_batches import input_gradients, join, output_gradients, part, same
 from slidecore.partition import Chunk, Entry
-from slidecore.repeating import RandomState, in_modes, unchanged_buffers
+from slidecore.repeating import Buffers, RandomState, in_modes, unchanged_buffers
 from slidecore.saved_inputs import SavedInput
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Record:
     saved: list[SavedInput] = field(default_factory=list)
     split: list[bool] = field(default_factory=list)
     random: list[RandomState] = field(default_factory=list)
+    buffers: list[Buffers] = field(default_factory=list)  # those that each micro-batch changed, as it found them
     graphs: list[VisitGraph] = field(default_factory=list)
     output: Output | None = None
     input_sizes: list[list[torch.Size]] = field(default_factory=list)  # of each micro-batch
@@ -82,7 +84,7 @@ class Record:
         self.consumed = True
         for saved in self.saved:
             saved.free()
-        self.saved, self.graphs, self.random = [], [], []
+        self.saved, self.graphs, self.random, self.buffers = [], [], [], []
         self.engine.backend.drop(self.held)
         self.held = 0
         self.previous = None
@@ -90,7 +92,12 @@ class Record:
 
 @contextlib.contextmanager
 def swapped(chunk: Chunk, leaves: dict[Entry, torch.Tensor]) -> Iterator[None]:
-    """Puts `leaves` where the chunk's modules hold their parameters, and the parameters back afterwards."""
+    """Puts `leaves` where the chunk's modules hold their parameters, and the parameters back afterwards.
+
+    Raises:
+        ChangedWeightError: a leaf was changed in place.
+    """
+    versions = [leaf._version for leaf in leaves.values()]
     for entry, leaf in leaves.items():
         for module, attribute in entry.owners:
             module._parameters[attribute] = leaf  # type: ignore[assignment]
@@ -100,13 +107,31 @@ def swapped(chunk: Chunk, leaves: dict[Entry, torch.Tensor]) -> Iterator[None]:
         for entry in leaves:
             for module, attribute in entry.owners:
                 module._parameters[attribute] = entry.parameter
+    for (entry, leaf), version in zip(leaves.items(), versions, strict=True):
+        if leaf._version != version:
+            raise ChangedWeightError(_changed_in_forward(chunk, entry))
+
+
+class ChangedWeightError(UsageError):
+    """A module changed a weight in its slot, which is the next chunk's soon: the change would be lost."""
+
+
+def _changed_in_forward(chunk: Chunk, entry: Entry) -> str:
+    keep = "" if chunk.kind == "block" else f", or keep the parameter on the device: keep=[{entry.name!r}]"
+    return (
+        f"the forward of a {type(entry.owners[0][0]).__name__} changed its parameter {entry.name} in place (as "
+        f"nn.Embedding(max_norm=...) does), which would be lost: visits compute with a copy of offloaded weights. "
+        f"Compute with a changed value instead (`F.linear(x, self.weight / norm)`), or change the parameter between "
+        f"steps, after slidecore.synchronize(model){keep}"
+    )
 
 
 def leaves_of(chunk: Chunk, slot: torch.Tensor, graph: bool) -> dict[Entry, torch.Tensor]:
-    """Parameters over the slot's memory, one for each entry of the chunk."""
+    """Parameters over the slot's memory, one for each entry of the chunk, each with a version of its own."""
     return {
         entry: nn.Parameter(
-            slot[entry.offset : entry.offset + entry.numel].view(entry.shape), requires_grad=graph and entry.trainable
+            slot[entry.offset : entry.offset + entry.numel].view(entry.shape).data,
+            requires_grad=graph and entry.trainable,
         )
         for entry in chunk.entries
     }
@@ -204,6 +229,8 @@ class Visits:
         """What an offloaded module's forward does."""
         engine = self._engine
         engine.scheduler.check()
+        if not engine.in_root:  # which has looked already
+            take_over(engine, [(use.chunk, entry) for entry in use.chunk.entries])
         if not torch.is_grad_enabled():
             return self._inference(use, args, kwargs)
         modules = list(use.module.modules())
@@ -265,7 +292,9 @@ class Visits:
                 before.set(engine.backend.torch_device)
                 engine.backend.drop(record.held)
                 record.micro_batches, record.held = 1, 0
-                record.random, record.graphs, record.input_sizes = [], [], []
+                for buffers in reversed(record.buffers):
+                    buffers.put_back()
+                record.random, record.buffers, record.graphs, record.input_sizes = [], [], [], []
                 parts = self._forward_parts(record, slot, tensors)
         if record.micro_batches > 1:
             record.output_sizes = [[t.shape[0] if t.dim() else 0 for t in part] for part in parts]
@@ -315,6 +344,8 @@ class Visits:
         if not record.keep_graph:
             record.random.append(RandomState.capture(engine.backend.torch_device))
             record.modes = [m.training for m in record.modules]
+        again = not record.keep_graph or record.micro_batches > 1
+        before = Buffers.capture(use.module) if again else Buffers()
         leaves = self._leaves(use, slot, graph)
 
         def module(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -323,6 +354,7 @@ class Visits:
             return outputs
 
         outputs = graph.run(slot, inputs, record.requires_grad, self.anchor, module)
+        record.buffers.append(before.changed())
         record.graphs.append(graph)
         record.input_sizes.append([t.shape for t in inputs])
         record.held += graph.nbytes
@@ -396,6 +428,7 @@ class Visits:
             unnoticed(record.modules),
             unchanged_buffers(use.module),
         ):
+            record.buffers[index].put_back()
             graph.refill(slot, inputs, module)
         engine.backend.hold(graph.nbytes)
 

@@ -203,8 +203,9 @@ def test_micro_batches_follow_the_budget(offload: Offload) -> None:
 def test_micro_batches_asked_for(offload: Offload, asked: int, sizes: list[int]) -> None:
     model = offload(counted(), micro_batch=asked)
     loss_of(model, feature_batches(1, shape=(7, 3))[0])
-    # Before a batch is split, the first block is asked with one sample and with two whether they are independent.
-    first = [1, 2] if len(sizes) > 1 else []
+    # Before a batch is split, the first block is asked whether samples are independent: with the first one twice, the
+    # second twice, the first alone, and both.
+    first = [2, 2, 1, 2] if len(sizes) > 1 else []
     assert model.blocks[0].sizes == first + sizes
     for block in model.blocks[1:]:
         assert block.sizes == sizes

@@ -76,6 +76,7 @@ def load_checkpoint(
         run_largest_first(manifest, checks, threads, stop)
 
     engine.drain()
+    engine.take_over_edits()  # now: later ones would count as changes of what was loaded
     staged = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in others.items()}
     stop = Stop()
     fillings = [

@@ -80,6 +80,7 @@ def _save(model: nn.Module, engine: Engine, original: Any, bound: inspect.BoundA
     directory = Path(bound.arguments["save_directory"])
     limit = parse_size(bound.arguments["max_shard_size"], "max_shard_size")
     engine.drain()
+    engine.take_over_edits()
     with staging(directory / "model") as temporary:
         bound.arguments["save_directory"] = temporary
         with without_bars():

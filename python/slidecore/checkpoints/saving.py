@@ -121,6 +121,7 @@ def save_checkpoint(
     limit = parse_size(shard_size, "shard_size")
     check_target(target, overwrite=overwrite)
     engine.drain()
+    engine.take_over_edits()
 
     state = training_state.encode(training_state.collect(model, engine, optimizer, scheduler, extra))
     stop = Stop()
@@ -170,6 +171,7 @@ def write_model(
     """
     engine = engine_of(model)
     engine.drain()
+    engine.take_over_edits()
     write_side_files(model, tokenizer, directory)
     write_weights(model, engine, directory, parse_size(shard_size, "shard_size"), threads)
     sync_directory(directory)
