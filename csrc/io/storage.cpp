@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <map>
 #include <set>
 #include <utility>
@@ -12,6 +13,17 @@
 
 namespace slidecore {
 namespace {
+
+// The files are made and removed by their paths, and the process may go elsewhere between the two.
+std::vector<std::string> absolute(const std::vector<std::string>& directories) {
+  std::vector<std::string> paths;
+  for (const std::string& directory : directories) {
+    std::error_code error;
+    const auto path = std::filesystem::absolute(directory, error);
+    paths.push_back(error || directory.empty() ? directory : path.string());
+  }
+  return paths;
+}
 
 void check_directories(io::SystemCalls& calls, const std::vector<std::string>& directories) {
   if (directories.empty()) throw Error(Code::invalid_argument, "a Storage needs at least one directory");
@@ -37,10 +49,11 @@ void check_directories(io::SystemCalls& calls, const std::vector<std::string>& d
 
 }  // namespace
 
-Storage::Impl::Impl(const std::vector<std::string>& directories, const StorageOptions& options)
+Storage::Impl::Impl(const std::vector<std::string>& given, const StorageOptions& options)
     : calls(options.calls ? options.calls : std::make_shared<io::SystemCalls>()),
       stripe(options.stripe_bytes),
       owner(getpid()) {
+  const std::vector<std::string> directories = absolute(given);
   check_directories(*calls, directories);
   if (stripe == 0 || stripe % unit != 0) {
     throw Error(Code::invalid_argument,

@@ -16,7 +16,7 @@
 namespace slidecore {
 
 struct Storage::Impl {
-  Impl(const std::vector<std::string>& directories, const StorageOptions& options);
+  Impl(const std::vector<std::string>& given, const StorageOptions& options);
   ~Impl();
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;

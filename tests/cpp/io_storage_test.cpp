@@ -254,6 +254,21 @@ TEST(Storage, UndoesAPreallocationThatFailsHalfway) {
   EXPECT_GE(storage.reserved_bytes(), 5'000'000u);
 }
 
+// Files go by the paths that they were made by, wherever the process has gone since.
+TEST(Storage, RelativePathsAreThoseOfItsConstruction) {
+  Directories directories(2);
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(directories.names[0]);
+  {
+    Storage storage({".", "../1"});
+    std::filesystem::current_path(before);
+    EXPECT_EQ(directories.files().size(), 4u);
+    for (const std::string& file : storage.files()) EXPECT_TRUE(std::filesystem::exists(file)) << file;
+    EXPECT_TRUE(std::filesystem::path(storage.directories()[1].directory).is_absolute());
+  }
+  EXPECT_TRUE(directories.files().empty());
+}
+
 TEST(Storage, TellsWhereAFileSystemCannotPreallocate) {
   Directories directories(1);
   const auto calls = std::make_shared<HookedCalls>();

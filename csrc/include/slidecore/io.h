@@ -57,7 +57,8 @@ class Region;
 
 // One swap file in each directory, "slidecore-swap.PID.bin", guarded by "slidecore-swap.lock". Both are removed by
 // the destructor (or remove_files()); a process that dies leaves them to the next Storage in the directory, which
-// removes them. Thread-safe after construction. A child of fork() must not use it, and leaves the files alone.
+// removes them. Thread-safe after construction. A child of fork() must not use it, and leaves the files alone. Paths
+// that are relative are so to the directory that the process is in during construction.
 class Storage {
  public:
   // Throws Error(invalid_argument) for no directories, one given twice, or one that does not exist; Error(state), with
@@ -83,8 +84,8 @@ class Storage {
   std::uint64_t allocated_bytes() const;                   // of all regions, with their padding
   std::size_t alignment() const;                           // offsets and sizes that are multiples of it need no copy
   std::size_t memory_alignment() const;                    // likewise of addresses
-  const std::vector<DirectoryFacts>& directories() const;  // as they were at construction
-  const std::vector<std::string>& files() const;           // one path for each directory
+  const std::vector<DirectoryFacts>& directories() const;  // as they were at construction, with absolute paths
+  const std::vector<std::string>& files() const;           // one absolute path for each directory
   // Sentences: drives, direct or not and why, alignment, what was cleaned up.
   std::string describe() const;
 
