@@ -142,6 +142,17 @@ void Storage::Impl::grow(std::uint64_t wanted) {
   capacity = rows * row;
 }
 
+void Storage::Impl::trim() {
+  if (in_child()) return;
+  const std::lock_guard lock(mutex);
+  const std::uint64_t row = stripe * files.size();
+  const std::uint64_t used = capacity - space.free_at_end(capacity);
+  const std::uint64_t rows = (used + row - 1) / row;
+  space.cut_end(capacity - rows * row);
+  capacity = rows * row;
+  for (auto& file : files) file->shrink(rows * stripe);
+}
+
 std::uint64_t Storage::Impl::take(std::uint64_t bytes, const std::string& name) {
   if (bytes == 0 || bytes > UINT64_MAX / 4) {
     throw Error(Code::invalid_argument, "the region '" + name + "' cannot have " + std::to_string(bytes) + " bytes");
@@ -203,6 +214,10 @@ Storage::~Storage() {
 void Storage::reserve(std::uint64_t bytes) {
   const std::lock_guard lock(impl_->mutex);
   impl_->grow(bytes);
+}
+
+void Storage::trim() {
+  impl_->trim();
 }
 
 std::shared_ptr<const Region> Storage::allocate(const std::string& name, std::uint64_t bytes) {

@@ -26,6 +26,7 @@ struct Storage::Impl {
   std::uint64_t take(std::uint64_t bytes, const std::string& name);
   void give(std::uint64_t base, std::uint64_t bytes);
   void grow(std::uint64_t capacity);  // needs the mutex
+  void trim();
   void check_space(std::uint64_t file_bytes) const;
   void remove_files() noexcept;
   std::string describe() const;

@@ -40,7 +40,11 @@ TEST(Extents, AgreeWithAMapOfUnits) {
   std::map<std::uint64_t, std::uint64_t> held;
   for (int i = 0; i < 3000; ++i) {
     const auto kind = draw(random, 0, 9);
-    if (kind == 0) {
+    if (kind == 0 && draw(random, 0, 1) == 0) {
+      const auto cut = draw<std::uint64_t>(random, 0, extents.free_at_end(taken.size()));
+      extents.cut_end(cut);
+      taken.resize(taken.size() - cut);
+    } else if (kind == 0) {
       const auto more = draw<std::uint64_t>(random, 0, 50);
       extents.give(taken.size(), more);
       taken.resize(taken.size() + more, false);
@@ -252,6 +256,41 @@ TEST(Storage, UndoesAPreallocationThatFailsHalfway) {
   calls->set(nullptr);
   storage.reserve(5'000'000);
   EXPECT_GE(storage.reserved_bytes(), 5'000'000u);
+}
+
+// What lies behind the last region goes back to the drives, and can be had again.
+TEST(Storage, TrimsTheEndsOfItsFiles) {
+  Directories directories(2);
+  Storage storage(directories.names, with(nullptr));
+  const auto blocks = [&] {
+    std::uint64_t bytes = 0;
+    for (const std::string& file : storage.files()) {
+      struct stat status{};
+      EXPECT_EQ(stat(file.c_str(), &status), 0);
+      bytes += static_cast<std::uint64_t>(status.st_blocks) * 512;
+    }
+    return bytes;
+  };
+  auto first = storage.allocate("first", 3'000'000), last = storage.allocate("last", 1'000'000);
+  storage.reserve(8'000'000);
+  const std::uint64_t reserved = blocks();
+  storage.trim();  // to whole stripes
+  EXPECT_LT(storage.reserved_bytes(), 4'000'000u + 3 * 16384);
+  EXPECT_LE(blocks(), reserved - 3'900'000);
+  first.reset();
+  storage.trim();  // the other lies behind it
+  EXPECT_GE(storage.reserved_bytes(), 4'000'000u);
+  first = storage.allocate("first again", 3'000'000);
+  EXPECT_EQ(first->base(), 0u);
+  last.reset();
+  storage.trim();
+  EXPECT_LT(storage.reserved_bytes(), 3'000'000u + 3 * 16384);
+  first.reset();
+  storage.trim();
+  EXPECT_EQ(storage.reserved_bytes(), 0u);
+  EXPECT_LT(blocks(), 100'000u);
+  const auto whole = storage.allocate("whole", 4'000'000);
+  EXPECT_GE(blocks(), 4'000'000u);
 }
 
 // Files go by the paths that they were made by, wherever the process has gone since.

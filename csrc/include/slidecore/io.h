@@ -72,6 +72,9 @@ class Storage {
   // needed and what is free in each directory; then nothing has changed.
   void reserve(std::uint64_t bytes);
 
+  // Gives the drives back what lies behind the last region, also where reserve() has preallocated it.
+  void trim();
+
   // A region of `bytes` (at least 1) whose content is undefined until written. Grows the files where reserve() has not.
   // The space returns when the last pointer to the region, and the last transfer that uses it, is gone. Regions keep
   // the files open, but not their names: they must not be used after the Storage is gone.
