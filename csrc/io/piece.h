@@ -2,6 +2,7 @@
 // A piece of a transfer: what one request moves, and how it gets on from result to result. Both backends share it, so
 // that they differ in nothing but how requests reach the kernel.
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -22,6 +23,9 @@ struct Transfer {
   std::uint64_t bytes = 0;
   std::size_t pieces_left = 0;
   std::optional<std::chrono::steady_clock::time_point> began;  // set while somebody observes
+  // Files are looked at once for each transfer: before it writes, and after it has read.
+  std::atomic<bool> looked{false};
+  std::atomic<std::size_t> unread{0};  // pieces
 };
 
 struct Piece {
@@ -76,6 +80,7 @@ class Execution {
  private:
   [[noreturn]] void fail(const std::string& reason) const;
   void check_length(std::size_t moved) const;
+  void check_files() const;
   void progress();
   bool patient() const { return Clock::now() - last_progress_ < patience_; }
 

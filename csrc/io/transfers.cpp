@@ -120,6 +120,7 @@ Ticket Transfers::Impl::start(const std::shared_ptr<const Region>& region, bool 
   transfer->region = region;
   transfer->write = write;
   transfer->bytes = bytes;
+  transfer->unread = pieces.size();
   return queue.push(std::move(transfer), std::move(pieces));
 }
 

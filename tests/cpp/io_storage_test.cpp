@@ -89,7 +89,7 @@ TEST(Storage, MakesPreallocatesAndRemovesItsFiles) {
     for (const std::string& file : storage.files()) {
       struct stat status{};
       ASSERT_EQ(stat(file.c_str(), &status), 0);
-      EXPECT_EQ(static_cast<std::uint64_t>(status.st_size), storage.reserved_bytes() / 3);
+      EXPECT_GT(static_cast<std::uint64_t>(status.st_size), storage.reserved_bytes() / 3);  // and a block of its own
       EXPECT_EQ(status.st_mode & 0777, 0600u);
       blocks += static_cast<std::uint64_t>(status.st_blocks) * 512;
     }
@@ -227,12 +227,12 @@ TEST(Storage, SaysWhatSpaceIsMissingAndChangesNothing) {
   Directories directories(2);
   Storage storage(directories.names);
   storage.reserve(10'000'000);
-  const std::uint64_t reserved = storage.reserved_bytes();
+  const std::uint64_t reserved = storage.reserved_bytes(), size = std::filesystem::file_size(storage.files()[0]);
   expect_error(Code::io, {directories.names[0], directories.names[1], "needs", " free"},
                [&] { storage.reserve(std::uint64_t{1} << 52); });
   expect_error(Code::io, {"'huge'", "needs"}, [&] { storage.allocate("huge", std::uint64_t{1} << 52); });
   EXPECT_EQ(storage.reserved_bytes(), reserved);
-  for (const std::string& file : storage.files()) EXPECT_EQ(std::filesystem::file_size(file), reserved / 2);
+  for (const std::string& file : storage.files()) EXPECT_EQ(std::filesystem::file_size(file), size);
 }
 
 // The file system's own answer counts where the arithmetic saw enough: quotas, or another process that was faster.
@@ -241,7 +241,7 @@ TEST(Storage, UndoesAPreallocationThatFailsHalfway) {
   const auto calls = std::make_shared<HookedCalls>();
   Storage storage(directories.names, with(calls));
   const auto kept = storage.allocate("kept", 100'000);
-  const std::uint64_t reserved = storage.reserved_bytes();
+  const std::uint64_t reserved = storage.reserved_bytes(), size = std::filesystem::file_size(storage.files()[0]);
   for (const int code : {ENOSPC, EDQUOT, EIO, EFBIG}) {
     int count = 0;
     calls->set([&](const HookedCalls::Call& call) {
@@ -251,7 +251,7 @@ TEST(Storage, UndoesAPreallocationThatFailsHalfway) {
                  [&] { storage.reserve(5'000'000); });
     EXPECT_EQ(count, 2);
     EXPECT_EQ(storage.reserved_bytes(), reserved);
-    for (const std::string& file : storage.files()) EXPECT_EQ(std::filesystem::file_size(file), reserved / 2);
+    for (const std::string& file : storage.files()) EXPECT_EQ(std::filesystem::file_size(file), size);
   }
   calls->set(nullptr);
   storage.reserve(5'000'000);

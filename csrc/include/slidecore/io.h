@@ -140,7 +140,9 @@ struct TransferSpan {
 //
 // Every result is checked: short transfers continue, EINTR and EAGAIN are retried. Any other failure stops all
 // transfers and is thrown by the next call, and by every later one, with file, offset, size and reason. When it is
-// thrown nothing is in flight any more: memory may be freed. What was being written then is undefined.
+// thrown nothing is in flight any more: memory may be freed. What was being written then is undefined. A file that was
+// truncated is such a failure of the next transfer, wherever that reads or writes; holes punched into a file are not
+// found.
 //
 // All methods are thread-safe. Neither they nor the destructor may be called in a child of fork() (the destructor does
 // nothing there).
