@@ -295,13 +295,18 @@ def set_budget(
         host_memory, disk_memory: as of `offload`; None leaves the budget as it is.
 
     Raises:
-        UsageError: `model` is not offloaded, has no disk, or a step is under way.
+        UsageError: `model` is not offloaded, has no disk, or a step is under way: a forward whose graph is still
+            there, or a backward pass. A graph that was dropped, and a pass that failed, are none.
         BudgetError: a budget is too small; nothing was changed.
         slidecore._core.Error: the drives lack the space.
     """
     engine = engine_of(model)
-    if engine.state in ("forward", "backward"):
-        raise UsageError("set_budget() is for between steps: after optimizer.step(), before the next forward")
+    if not engine.between_steps():
+        raise UsageError(
+            "set_budget() is for between steps: after optimizer.step(), before the next forward. The graph of a "
+            "forward is still there: call backward() on its loss, or drop all that holds the graph (`del loss`); "
+            "forwards under torch.no_grad() have none"
+        )
     engine.tiers.set_budgets(
         None if host_memory is None else parse_size(host_memory, "host_memory"),
         None if disk_memory is None else parse_size(disk_memory, "disk_memory"),
