@@ -315,6 +315,36 @@ def test_the_disk_budget_that_an_error_names_is_enough(offload: Offload, tmp_pat
     offload(build(), host_memory=least, disk=tmp_path, disk_memory=enough, **common)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_error_of_a_budget_says_what_deferred_updates_add(
+    offload: Offload, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Both minima, of a step with one backward and of one with several, are enough, and the least that is."""
+
+    def build() -> nn.Module:
+        return language_model("llama")
+
+    def train(host_memory: int, accumulate: int) -> None:
+        directory = tmp_path / f"{host_memory} {accumulate}"
+        directory.mkdir()
+        options = {"compute_dtype": dtype, "disk": directory, "optimizer": {"update": "deferred"}, **SMALL}
+        Run(build(), offload, host_memory=host_memory, accumulate=accumulate, **options).train(token_batches(1))
+
+    with pytest.raises(slidecore.BudgetError, match="Deferred updates") as error:
+        train(1, 1)
+    least = re.search(r"at least (\d+) bytes", str(error.value))
+    added = re.search(r"need (\d+) bytes .* more, for gradients that wait(?:, or (\d+) bytes)?", str(error.value))
+    assert least is not None
+    assert added is not None
+    assert (added[2] is None) == (dtype == torch.float32)
+    for nbytes, accumulate in ((int(added[1]), 1), (int(added[2] or added[1]), 2)):
+        enough = int(least[1]) + nbytes
+        train(enough, accumulate)
+        with pytest.raises(slidecore.BudgetError, match=rf"at least {enough} bytes") as error:
+            train(enough - 1, accumulate)
+        assert "Deferred" not in str(error.value)  # they are counted by now
+
+
 def test_inputs_in_use_count_when_a_budget_changes(offload: Offload, tmp_path: Path) -> None:
     """Between two backward passes to one step, planes go down to make room for what the second one's graph holds."""
     run = Run(
