@@ -43,18 +43,15 @@ std::vector<Piece> split(const Storage::Impl& storage, const Region& region, boo
   return pieces;
 }
 
-char* Bounce::data() {
-  if (data_ == nullptr) {
-    const std::size_t whole = (bytes_ + kAssumedAlignment - 1) / kAssumedAlignment * kAssumedAlignment;
-    data_.reset(static_cast<char*>(std::aligned_alloc(kAssumedAlignment, whole)));
-    if (data_ == nullptr) throw Error(Code::out_of_memory, "no memory for a bounce buffer of " + size_text(whole));
-  }
+char* Bounce::make(std::size_t bytes) {
+  const std::size_t whole = (bytes + kAssumedAlignment - 1) / kAssumedAlignment * kAssumedAlignment;
+  data_.reset(static_cast<char*>(std::aligned_alloc(kAssumedAlignment, whole)));
+  if (data_ == nullptr) throw Error(Code::out_of_memory, "no memory for a bounce buffer of " + size_text(whole));
   return data_.get();
 }
 
-Execution::Execution(const Storage::Impl& storage, std::size_t block_bytes, double patience_s)
+Execution::Execution(const Storage::Impl& storage, double patience_s)
     : storage_(storage),
-      bounce_(block_bytes),
       patience_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(patience_s))) {}
 
 void Execution::begin(const Piece& piece) {
@@ -64,7 +61,7 @@ void Execution::begin(const Piece& piece) {
   span_ = (head + piece.bytes + unit - 1) / unit * unit;
   writing_ = piece.transfer->write && !piece.merged;
   if (piece.transfer->write && !piece.transfer->looked.exchange(true)) check_files();
-  memory_ = piece.bounced ? bounce_.data() : piece.memory;
+  memory_ = piece.bounced ? bounce_.make(span_) : piece.memory;
   if (piece.bounced) {
     bounced_bytes += piece.bytes;
     if (writing_) {  // not merged: begins at a unit
@@ -112,7 +109,10 @@ Execution::Next Execution::complete(long result) {
     delay_ = std::clamp(delay_ * 2, kFirstDelay, kLongestDelay);
     return Next::request_later;
   }
-  if (writing_) return Next::done;
+  if (writing_) {
+    bounce_.free();
+    return Next::done;
+  }
   char* wanted = memory_ + piece_.offset % storage_.unit;
   if (piece_.merged) {
     std::memcpy(wanted, piece_.memory, piece_.bytes);
@@ -122,6 +122,7 @@ Execution::Next Execution::complete(long result) {
     return Next::request;
   }
   if (piece_.bounced) std::memcpy(piece_.memory, wanted, piece_.bytes);
+  bounce_.free();
   if (piece_.transfer->unread.fetch_sub(1) == 1) check_files();
   return Next::done;
 }

@@ -43,14 +43,14 @@ struct Piece {
 std::vector<Piece> split(const Storage::Impl& storage, const Region& region, bool write, std::uint64_t offset,
                          char* memory, std::size_t bytes, std::size_t block_bytes);
 
-// Page-aligned, made at first use.
+// Page-aligned memory of one piece: no budget counts it, so it does not last.
 class Bounce {
  public:
-  explicit Bounce(std::size_t bytes) : bytes_(bytes), data_(nullptr, &std::free) {}
-  char* data();
+  Bounce() : data_(nullptr, &std::free) {}
+  char* make(std::size_t bytes);
+  void free() { data_.reset(); }
 
  private:
-  std::size_t bytes_;
   std::unique_ptr<char, decltype(&std::free)> data_;
 };
 
@@ -67,7 +67,7 @@ class Execution {
   using Clock = std::chrono::steady_clock;
   enum class Next { request, request_later, done };
 
-  Execution(const Storage::Impl& storage, std::size_t block_bytes, double patience_s);
+  Execution(const Storage::Impl& storage, double patience_s);
   void begin(const Piece& piece);
   const Piece& piece() const { return piece_; }
   Request request() const;

@@ -78,7 +78,7 @@ Transfers::Impl::Impl(std::shared_ptr<Storage> storage_, TransferOptions options
 }
 
 io::BackendSettings Transfers::Impl::settings(std::size_t default_depth) const {
-  return {options.block_bytes, options.queue_depth != 0 ? options.queue_depth : default_depth, options.patience_s};
+  return {options.queue_depth != 0 ? options.queue_depth : default_depth, options.patience_s};
 }
 
 void Transfers::Impl::use_uring() {

@@ -16,6 +16,8 @@ from slidecore.tier_plan import Part
 
 logger = logging.getLogger("slidecore")
 
+_ZEROS_BYTES = 16 << 20
+
 
 class DiskStore:
     """Swap files in some directories, and the regions of them that are in use.
@@ -114,13 +116,17 @@ class DiskStore:
 
     def write_zeros(self) -> None:
         """Makes files hold what parts read as that were never written: updates read files."""
-        zeros = torch.zeros(16 << 20, dtype=torch.uint8)
+        if not self._unwritten:
+            return
+        largest = max(len(self._parts[key]) for key in self._unwritten)
+        # Pages of its own: a tensor's memory begins anywhere, and each write of it would be copied.
+        zeros = _core.HostBuffer(_core.Device("host", 0), min(largest, _ZEROS_BYTES), False)
         for key in sorted(self._unwritten):
             region = self._parts[key]
             with self._settled():
                 tickets = [
-                    self.transfers.write(region, at, zeros.data_ptr(), min(zeros.nbytes, len(region) - at))
-                    for at in range(0, len(region), zeros.nbytes)
+                    self.transfers.write(region, at, zeros.address, min(len(zeros), len(region) - at))
+                    for at in range(0, len(region), len(zeros))
                 ]
                 for ticket in tickets:
                     self.transfers.wait(ticket)

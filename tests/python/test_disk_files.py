@@ -1,4 +1,4 @@
-"""Swap files under training: truncated, left by a process that goes elsewhere, given back, and without copies."""
+"""Swap files under training: truncated, left by a process that goes elsewhere, and without copies."""
 
 from __future__ import annotations
 
@@ -70,3 +70,89 @@ def test_a_relative_directory_is_where_it_was(
     assert len(list((tmp_path / "swap").iterdir())) == 2
     slidecore.close(model)
     assert list((tmp_path / "swap").iterdir()) == []
+
+
+class _Block(nn.Module):
+    """Parameters of whole pages, in every plane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128, bias=False), nn.Linear(128, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter = nn.Linear(64, 64, bias=False)
+        self.blocks = nn.ModuleList(_Block() for _ in range(6))
+        self.leave = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.enter(x)
+        for block in self.blocks:
+            h = block(h)
+        return self.leave(h)
+
+
+@pytest.mark.parametrize("backend", ["uring", "threads"])
+@pytest.mark.parametrize("update", ["overlap", "deferred"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_nothing_is_copied_on_its_way_to_a_drive(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, update: str, backend: str
+) -> None:
+    """Planes, stages and saved inputs lie in pages of their own: of whole pages, no byte takes a detour."""
+    if backend == "uring" and (reason := _core.why_no_io_uring()):
+        pytest.skip(reason)
+    monkeypatch.setenv("SLIDECORE_IO", backend)
+    options = {
+        "compute_dtype": dtype,
+        "device_memory": 1_220_000 if dtype == torch.float32 else 680_000,
+        "micro_batch": 2,
+        "keep_graphs": 0,
+        **SMALL,
+    }
+    least = smallest(_Blocks, tmp_path, **{k: v for k, v in options.items() if k not in SMALL})
+    if update == "deferred":
+        least += sum(p.numel() for p in _Blocks().parameters()) * dtype.itemsize
+    run = Run(_Blocks(), offload, host_memory=least, disk=tmp_path, optimizer={"update": update}, **options)
+    batch = {"x": torch.randn(8, 64, 64), "target": torch.randn(8, 64, 64)}
+    run.train([batch] * 3)
+    slidecore.synchronize(run.model)
+    assert {part.name for part in engine_of(run.model).tiers.on_disk} >= {"weight", "exp_avg", "exp_avg_sq"}
+    assert engine_of(run.model).saved_inputs.disk_bytes > 0
+    slidecore.set_budget(run.model, host_memory="1GiB")
+    slidecore.set_budget(run.model, host_memory=least)
+    counters = slidecore.stats(run.model).disk_counters
+    assert counters["written_bytes"] > 0
+    assert counters["bounced_bytes"] == 0
+
+
+@pytest.mark.parametrize("backend", ["uring", "threads"])
+def test_copies_hold_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """What is not aligned goes through memory that no budget counts: it is there while it is needed only."""
+    if backend == "uring" and (reason := _core.why_no_io_uring()):
+        pytest.skip(reason)
+    block, depth = 4 << 20, 16
+    storage = _core.Storage([str(tmp_path)])
+    transfers = _core.Transfers(storage, backend=backend, block_bytes=block, queue_depth=depth)
+    region = storage.allocate("plane", block * depth)
+    memory = _core.HostBuffer(_core.Device("host", 0), block * depth + 4096, False)
+    memoryview(memory)[:] = bytes(len(memory))
+    before = _resident()
+    for _ in range(2):
+        transfers.wait(transfers.write(region, 0, memory.address + 1, len(region)))
+        transfers.wait(transfers.read(region, 0, memory.address + 1, len(region)))
+    assert transfers.counters()["bounced_bytes"] == 4 * len(region)
+    assert _resident() - before < block * depth // 2
+    transfers.close()
+    storage.close()
+
+
+def _resident() -> int:
+    """Bytes of anonymous memory that this process has."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
