@@ -70,6 +70,10 @@ class DiskStore:
         if nbytes > self.storage.reserved_bytes:
             self.storage.reserve(nbytes)
 
+    def trim(self) -> None:
+        """Gives the drives back what is free at the end of the files."""
+        self.storage.trim()
+
     def allocate(self, name: str, nbytes: int) -> _core.Region:
         """A new region; it goes with its last user.
 

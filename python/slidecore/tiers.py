@@ -188,6 +188,8 @@ class Tiers:
             if self.store is not None:
                 self.store.limit = before[1]
             raise
+        if self.store is not None:
+            self.store.trim()
 
     def make_room(self, grad_bytes: int) -> None:
         """The `grad` plane is about to take so many bytes: other planes go down for it.

@@ -1,4 +1,4 @@
-"""Swap files under training: truncated, left by a process that goes elsewhere, and without copies."""
+"""Swap files under training: truncated, left by a process that goes elsewhere, given back, and without copies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import slidecore
 import torch
-from _disk import SMALL, smallest
+from _disk import SMALL, assert_same, smallest, state
 from _models import language_model, token_batches
 from _runs import Run
 from slidecore import _core
@@ -156,3 +156,37 @@ def _resident() -> int:
     """Bytes of anonymous memory that this process has."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+def test_files_shrink_when_planes_come_back(offload: Offload, tmp_path: Path) -> None:
+    """And when disk_memory is lowered: the drives get back what lies behind the last part that is still there."""
+
+    def blocks() -> int:
+        return sum(path.stat().st_blocks * 512 for path in tmp_path.glob("*.bin"))
+
+    def build() -> nn.Module:
+        # Its planes take some stripes of the file.
+        return language_model("llama", layers=5, vocab_size=16001)
+
+    common = {"compute_dtype": torch.bfloat16, **SMALL}
+    batches = token_batches(6)
+    plain = Run(build(), offload, **common)
+    losses = plain.train(batches)
+    least = smallest(build, tmp_path, compute_dtype=torch.bfloat16)
+    run = Run(build(), offload, host_memory=least, disk=tmp_path, **common)
+    seen = run.train(batches[:1])
+    full = blocks()
+    assert full >= slidecore.stats(run.model).disk_memory > 12 << 20
+    slidecore.set_budget(run.model, host_memory="1GiB")
+    assert slidecore.stats(run.model).disk_memory == 0
+    assert blocks() <= 1 << 20
+    seen += run.train(batches[1:3])
+    slidecore.set_budget(run.model, host_memory=least)
+    assert blocks() >= slidecore.stats(run.model).disk_memory
+    seen += run.train(batches[3:5])
+    # Some of it comes back; what stays lies in front, or keeps its place.
+    slidecore.set_budget(run.model, host_memory=least + (8 << 20))
+    assert blocks() >= slidecore.stats(run.model).disk_memory > 0
+    seen += run.train(batches[5:])
+    assert seen == losses
+    assert_same(state(run.model), state(plain.model))
