@@ -15,6 +15,7 @@ from torch import nn
 from slidecore import roots
 from slidecore.absent_parameters import check_present
 from slidecore.backend import Backend
+from slidecore.disk_traffic import Traffic
 from slidecore.engine import Engine, engines
 from slidecore.errors import ModelError, UsageError
 from slidecore.integrations import huggingface, liger
@@ -396,6 +397,7 @@ class Stats:
     counters: dict[str, int]
     disk_memory: int = 0
     disk_counters: dict[str, int] = field(default_factory=dict)
+    disk_traffic: Traffic = field(default_factory=lambda: Traffic(0, 0))
 
 
 def stats(model: nn.Module) -> Stats:
@@ -403,8 +405,11 @@ def stats(model: nn.Module) -> Stats:
 
     `device_memory` is PyTorch's allocated memory on a card, and on the host backend what slidecore places there: slots,
     gradients, saved inputs and graphs. `host_memory` is planes, rings, buffers and saved inputs, `disk_memory` what
-    lies in swap files, `disk_counters` what was read and written there. `ordinary_training_bytes` is what weights and
-    gradients in the compute dtype with float32 masters and moments take on a device.
+    lies in swap files, `disk_counters` what was read and written there. `disk_traffic` is what a step is foretold to
+    read and write (`read_bytes`, `written_bytes`), how long the drives need for it (`seconds`) and what that wears
+    (`terabytes_per_1000_steps`, `terabytes_per_day`); saved inputs and accumulation come on top of it.
+    `ordinary_training_bytes` is what weights and gradients in the compute dtype with float32 masters and moments take
+    on a device.
 
     Raises:
         UsageError: `model` is not offloaded.
@@ -430,6 +435,7 @@ def stats(model: nn.Module) -> Stats:
         counters=engine.scheduler.counters(),
         disk_memory=store.nbytes if store is not None else 0,
         disk_counters=store.transfers.counters() if store is not None else {},
+        disk_traffic=engine.tiers.traffic(),
     )
 
 

@@ -334,9 +334,9 @@ class Tiers:
     # --- what it costs
 
     def traffic(self) -> Traffic:
-        """What a step moves to and from disk, saved inputs not counted."""
+        """What a step moves to and from disk because of where planes lie."""
         point = self.store.calibration.chosen if self.store is not None and self.store.calibration else None
-        return Traffic.of(self._chunks, self.on_disk, point)
+        return Traffic.of(self._chunks, self.on_disk, point, self._train)
 
     def describe(self) -> str:
         """Sentences: what lies where, and what a step moves because of it."""

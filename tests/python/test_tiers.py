@@ -128,6 +128,10 @@ def test_inference_from_disk(offload: Offload, tmp_path: Path, dtype: torch.dtyp
     model = offload(build(), host_memory=least, disk=tmp_path, **options, **SMALL)
     assert slidecore.stats(model).planes_bytes < slidecore.stats(plain).planes_bytes // 4
     assert torch.equal(model.generate(prompt, **arguments), expected)
+    traffic = slidecore.stats(model).disk_traffic
+    on_disk = sum(part.nbytes for part in engine_of(model).tiers.on_disk)
+    assert (traffic.read_bytes, traffic.written_bytes) == (on_disk, 0)
+    assert "a forward reads" in traffic.describe()
     counters = slidecore.stats(model).disk_counters
     weights = sum(p.numel() * dtype.itemsize for p in model.parameters())
     assert counters["read_bytes"] >= 6 * (weights - slidecore.stats(model).planes_bytes - 2 * 48 * dtype.itemsize * 101)
@@ -162,8 +166,9 @@ def test_checkpoints_of_what_lies_on_disk(offload: Offload, tmp_path: Path) -> N
         assert torch.equal(mine, theirs)
 
 
-def test_traffic_is_what_was_foretold(offload: Offload, tmp_path: Path) -> None:
+def test_traffic_is_what_was_foretold(offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step reads and writes what the report says; weights in memory, so that nothing depends on the window."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no calibration
     plain = offload(language_model("llama", layers=5), compute_dtype=torch.bfloat16, **SMALL)
     weights = sum(engine_of(plain).planes.weight.of(c).nbytes for c in engine_of(plain).chunks)
     least = smallest(lambda: language_model("llama", layers=5), tmp_path, compute_dtype=torch.bfloat16)
@@ -177,12 +182,17 @@ def test_traffic_is_what_was_foretold(offload: Offload, tmp_path: Path) -> None:
     run.train(token_batches(3))
     slidecore.synchronize(run.model)
     after = slidecore.stats(run.model).disk_counters
-    traffic = engine_of(run.model).tiers.traffic()
+    traffic = slidecore.stats(run.model).disk_traffic
     assert {p.name for p in engine_of(run.model).tiers.on_disk} >= {"exp_avg", "exp_avg_sq", "residual"}
     assert "weight" not in {p.name for p in engine_of(run.model).tiers.on_disk}
     assert after["read_bytes"] - before["read_bytes"] == 3 * traffic.read_bytes > 0
     assert after["written_bytes"] - before["written_bytes"] == 3 * traffic.written_bytes > 0
-    assert "in 1000 steps" in traffic.describe()
+    assert traffic.terabytes_per_1000_steps == traffic.written_bytes / 1e9
+    assert traffic.seconds is None
+    assert traffic.terabytes_per_day is None
+    assert f"{traffic.terabytes_per_1000_steps:.3g} TB written in 1000 steps" in traffic.describe()
+    assert "saved inputs come on top" in traffic.describe()
+    assert slidecore.stats(plain).disk_traffic.written_bytes == 0
 
 
 def test_a_machine_short_of_memory(
@@ -242,7 +252,11 @@ def test_a_calibration_is_used(offload: Offload, tmp_path: Path, monkeypatch: py
         1 << 19,
         3,
     )
-    traffic = engine_of(model).tiers.traffic()
+    traffic = slidecore.stats(model).disk_traffic
+    assert traffic.terabytes_per_day is not None
+    assert f"at most {traffic.terabytes_per_day:.3g} TB" in traffic.describe()
+    assert traffic.seconds is not None
+    assert traffic.terabytes_per_day == pytest.approx(traffic.written_bytes / traffic.seconds * 86400 / 1e12)
     assert traffic.seconds == pytest.approx(traffic.read_bytes / 2e9 + traffic.written_bytes / 1e9)
     assert "the disk needs" in traffic.describe()
 
