@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -37,24 +36,13 @@ class DiskStore:
         self.calibration = calibration.load(directories)
         self.storage = _core.Storage(list(directories))
         try:
-            if self.calibration is None:
-                self.transfers = _core.Transfers(self.storage)
-            else:
-                chosen = self.calibration.chosen
-                # io_uring is the core's own first choice, where it is allowed; SLIDECORE_IO overrules both.
-                automatic = chosen.backend == "uring" or "SLIDECORE_IO" in os.environ
-                self.transfers = _core.Transfers(
-                    self.storage,
-                    backend="" if automatic else chosen.backend,
-                    block_bytes=chosen.block_bytes,
-                    queue_depth=chosen.queue_depth,
-                )
+            self.transfers = calibration.open_transfers(self.storage, self.calibration)
         except BaseException:
             self.storage.close()
             raise
         self._parts: dict[tuple[int, str], _core.Region] = {}
         self._unwritten: set[tuple[int, str]] = set()
-        logger.info("disk tier: %s; %s", self.storage.describe(), self.transfers.describe())
+        logger.info("disk tier: %s Transfers by %s", self.storage.describe(), self.transfers.describe())
 
     @property
     def nbytes(self) -> int:
