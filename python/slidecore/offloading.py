@@ -109,6 +109,7 @@ def offload(
         BudgetError: `device_memory`, `host_memory` or `disk_memory` is too small; the message says what works.
         slidecore._core.Error: a directory of `disk` cannot be used, another process uses it, or it lacks the space.
         ValueError: an argument is out of its range.
+        TypeError: `disk` is no directory, nor a list of directories.
         UsageError: the device is not usable.
     """
     if _ATTRIBUTE in model.__dict__:
@@ -144,7 +145,8 @@ def offload(
         raise ValueError(f"moments={moments!r} must be one of {', '.join(map(repr, get_args(Moments)))}")
     if kernels not in ("auto", "liger", "torch"):
         raise ValueError(f"kernels={kernels!r} must be 'auto', 'liger' or 'torch'")
-    if disk_memory is not None and not _directories(disk):
+    directories = _directories(disk)
+    if disk_memory is not None and not directories:
         raise ValueError("disk_memory= needs disk=[directory, ...]")
     kept = choose(model, keep)
     undo_kernels = liger.apply(model, kernels, on_card=not backend.is_host)
@@ -164,7 +166,7 @@ def offload(
         piece_bytes=piece_bytes,
         ring_pieces=None if ring_pieces == "auto" else ring_pieces,
         host_memory=None if host_memory is None else parse_size(host_memory, "host_memory"),
-        disk=_directories(disk),
+        disk=directories,
         disk_memory=None if disk_memory is None else parse_size(disk_memory, "disk_memory"),
     )
     _move_buffers(model, backend.torch_device)
@@ -179,9 +181,16 @@ def offload(
 
 
 def _directories(disk: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[str]:
-    if disk is None:
-        return []
-    return [os.fspath(disk)] if isinstance(disk, (str, os.PathLike)) else [os.fspath(d) for d in disk]
+    given: Any = [] if disk is None else [disk] if isinstance(disk, (str, os.PathLike)) else disk
+    try:
+        paths = [os.fspath(directory) for directory in given]
+    except TypeError:
+        paths = [None]
+    if not all(isinstance(path, str) for path in paths):
+        raise TypeError(
+            f"disk={disk!r} must be a directory, or a list of directories, each a str or an os.PathLike[str]"
+        )
+    return paths
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

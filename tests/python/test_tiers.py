@@ -235,7 +235,9 @@ def test_pressure_is_what_the_kernel_says(tmp_path: Path, monkeypatch: pytest.Mo
     assert host_pressure.low_water() == 2 * quiet
 
 
-def test_a_calibration_is_used(offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_calibration_is_used(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("SLIDECORE_IO", raising=False)
     disk = tmp_path / "disk"
@@ -244,7 +246,10 @@ def test_a_calibration_is_used(offload: Offload, tmp_path: Path, monkeypatch: py
     made = calibration.Calibration(point, [point], [], "", "", 1)
     calibration.save(made, [str(disk)])
     least = smallest(lambda: language_model("llama"), disk)
-    model = offload(language_model("llama"), host_memory=least, disk=disk, **SMALL)
+    with caplog.at_level("INFO", "slidecore"):
+        model = offload(language_model("llama"), host_memory=least, disk=disk, **SMALL)
+    assert re.search(r"disk tier: .*\. Transfers by threads \(asked for\)", caplog.text)
+    assert ".;" not in caplog.text
     store = engine_of(model).tiers.store
     assert store is not None
     assert (store.transfers.backend, store.transfers.block_bytes, store.transfers.queue_depth) == (
@@ -289,6 +294,9 @@ def test_bad_budgets_and_directories(offload: Offload, tmp_path: Path) -> None:
         offload(model, disk=tmp_path / "missing")
     with pytest.raises(ValueError, match="disk_memory= needs disk="):
         offload(model, disk_memory="1GiB")
+    for wrong in (5, b"/tmp", [tmp_path, 5], [b"/tmp"]):
+        with pytest.raises(TypeError, match=r"disk=.* must be a directory, or a list of directories"):
+            offload(model, disk=wrong)
     with pytest.raises(ValueError, match="host_memory='many'"):
         offload(model, host_memory="many")
     assert list(tmp_path.iterdir()) == []
