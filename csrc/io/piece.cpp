@@ -1,5 +1,7 @@
 #include "io/piece.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
@@ -43,11 +45,24 @@ std::vector<Piece> split(const Storage::Impl& storage, const Region& region, boo
   return pieces;
 }
 
+void Bounce::Unmap::operator()(char* data) const {
+  ::munmap(data, bytes);
+}
+
 char* Bounce::make(std::size_t bytes) {
-  const std::size_t whole = (bytes + kAssumedAlignment - 1) / kAssumedAlignment * kAssumedAlignment;
-  data_.reset(static_cast<char*>(std::aligned_alloc(kAssumedAlignment, whole)));
-  if (data_ == nullptr) throw Error(Code::out_of_memory, "no memory for a bounce buffer of " + size_text(whole));
-  return data_.get();
+  char* data = nullptr;
+  if (bytes <= kAssumedAlignment) {
+    if (page_ == nullptr) page_.reset(static_cast<char*>(std::aligned_alloc(kAssumedAlignment, kAssumedAlignment)));
+    data = page_.get();
+  } else {
+    mapped_.reset();
+    void* const mapped =
+        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (mapped != MAP_FAILED) mapped_ = {static_cast<char*>(mapped), Unmap{bytes}};
+    data = mapped_.get();
+  }
+  if (data == nullptr) throw Error(Code::out_of_memory, "no memory for a bounce buffer of " + size_text(bytes));
+  return data;
 }
 
 Execution::Execution(const Storage::Impl& storage, double patience_s)

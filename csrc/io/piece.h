@@ -43,15 +43,23 @@ struct Piece {
 std::vector<Piece> split(const Storage::Impl& storage, const Region& region, bool write, std::uint64_t offset,
                          char* memory, std::size_t bytes, std::size_t block_bytes);
 
-// Page-aligned memory of one piece: no budget counts it, so it does not last.
+// Page-aligned memory of one piece. No budget counts it, so more than a page goes back to the kernel with the piece
+// (the allocator would keep it).
 class Bounce {
  public:
-  Bounce() : data_(nullptr, &std::free) {}
   char* make(std::size_t bytes);
-  void free() { data_.reset(); }
+  void free() { mapped_.reset(); }
 
  private:
-  std::unique_ptr<char, decltype(&std::free)> data_;
+  struct Unmap {
+    std::size_t bytes;
+    void operator()(char* data) const;
+  };
+  struct Free {
+    void operator()(char* data) const { std::free(data); }
+  };
+  std::unique_ptr<char, Free> page_;
+  std::unique_ptr<char, Unmap> mapped_;
 };
 
 struct Request {
