@@ -26,12 +26,14 @@ from typing import Any
 import torch
 from _machine import core_facts, emit, log, machine
 from _model import Shape, build_empty, describe, fill
+from slidecore.sizes import parse_size
 
 CONFIGS = {
     "tiny": Shape(64, 4, 4, 2, 128, 512, False, 64),
     "small": Shape(768, 20, 12, 12, 2048, 2000, False, 64),
     "3.6B": Shape(3072, 28, 24, 8, 8192, 128256, False, 1024),
 }
+LOADS = {"load": True, "load_without_verification": False}  # and verify=
 BUFFER = 16 << 20
 
 
@@ -44,6 +46,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, help="directory on the disk to measure (default: a temporary one here)")
     parser.add_argument("--threads", type=int, default=0, help="files at the same time (0: slidecore's choice)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--loads", default="load,load_without_verification", help="which ways to load (default: both)")
+    parser.add_argument("--disk-size", help="bytes of the disk's own measurement (default: those of the checkpoint)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="also write the JSON to this file")
     parser.add_argument("--quick", action="store_true", help="the tiny model once: checks that all of it works")
@@ -52,6 +56,13 @@ def parse() -> argparse.Namespace:
         arguments.config, arguments.repeats = "tiny", 1
     if arguments.repeats < 1:
         parser.error("--repeats must be at least 1")
+    arguments.loads = arguments.loads.split(",")
+    if unknown := set(arguments.loads) - LOADS.keys():
+        parser.error(f"--loads takes {' and '.join(LOADS)}, not {', '.join(sorted(unknown))}")
+    try:
+        arguments.disk_size = arguments.disk_size and parse_size(arguments.disk_size, "--disk-size")
+    except ValueError as error:
+        parser.error(str(error))
     return arguments
 
 
@@ -240,7 +251,8 @@ def main() -> None:
             "checksum_gb_per_s": measure_checksums(arguments.repeats),
             "save": {**figures(saves, nbytes), "host_memory_above_bytes": above},
         }
-        for name, verify in (("load", True), ("load_without_verification", False)):
+        for name in arguments.loads:
+            verify = LOADS[name]
             loads, above = [], 0
             for _ in range(arguments.repeats):
                 forget(path)
@@ -257,12 +269,11 @@ def main() -> None:
             result[name] = {**figures(loads, nbytes), "host_memory_above_bytes": above}
         shutil.rmtree(path)
         log("the disk by itself")
-        disk = measure_disk(base / "plain", nbytes, threads, arguments.repeats)
+        disk = measure_disk(base / "plain", arguments.disk_size or nbytes, threads, arguments.repeats)
         result["disk"] = disk
         result["over_disk"] = {
             "save": result["save"]["gb_per_s"] / disk["write"]["gb_per_s"],
-            "load": result["load"]["gb_per_s"] / disk["read"]["gb_per_s"],
-            "load_without_verification": result["load_without_verification"]["gb_per_s"] / disk["read"]["gb_per_s"],
+            **{name: result[name]["gb_per_s"] / disk["read"]["gb_per_s"] for name in arguments.loads},
         }
     finally:
         shutil.rmtree(base, ignore_errors=True)

@@ -31,6 +31,7 @@ void bind_status(py::module_& m);
 void bind_device(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_io(py::module_& m);
+void bind_gpu_direct(py::module_& m);
 void bind_optimizer(py::module_& m);
 void bind_scheduler(py::module_& m);
 

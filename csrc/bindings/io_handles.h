@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "slidecore/gpu_direct.h"
 #include "slidecore/io.h"
 #include "slidecore/status.h"
 
@@ -29,6 +30,7 @@ class IoHandle {
 };
 using StorageHandle = IoHandle<Storage>;
 using TransfersHandle = IoHandle<Transfers>;
+using GpuDirectHandle = IoHandle<GpuDirect>;
 using RegionPointer = std::shared_ptr<Region>;
 
 }  // namespace slidecore::bindings

@@ -6,6 +6,7 @@ PYBIND11_MODULE(_core, m) {
   slidecore::bindings::bind_device(m);
   slidecore::bindings::bind_memory(m);
   slidecore::bindings::bind_io(m);
+  slidecore::bindings::bind_gpu_direct(m);
   slidecore::bindings::bind_optimizer(m);
   slidecore::bindings::bind_scheduler(m);
 }

@@ -43,7 +43,8 @@ using VisitTuple = std::tuple<std::uint32_t, int, bool, bool>;
 std::unique_ptr<Handle> make_scheduler(std::shared_ptr<Device> device, const std::vector<ChunkTuple>& chunks,
                                        const std::vector<WindowTuple>& windows, std::shared_ptr<AdamWSink> sink,
                                        std::size_t piece_bytes, std::size_t ring_pieces, std::size_t trace_spans,
-                                       const TransfersHandle* transfers, std::size_t disk_pieces) {
+                                       const TransfersHandle* transfers, std::size_t disk_pieces,
+                                       const GpuDirectHandle* gpu_direct) {
   std::vector<ChunkSpec> chunk_specs;
   for (const auto& [name, weight, bytes, window] : chunks) {
     chunk_specs.push_back({name, pointer<const void>(weight), bytes, window});
@@ -57,6 +58,7 @@ std::unique_ptr<Handle> make_scheduler(std::shared_ptr<Device> device, const std
   SchedulerOptions options{piece_bytes, ring_pieces, trace_spans};
   if (transfers != nullptr) options.transfers = transfers->shared();
   options.disk_pieces = disk_pieces;
+  if (gpu_direct != nullptr) options.gpu_direct = gpu_direct->shared();
   return std::make_unique<Handle>(std::make_unique<Scheduler>(std::move(device), std::move(chunk_specs),
                                                               std::move(window_specs), std::move(sink), options));
 }
@@ -176,7 +178,7 @@ void bind_scheduler(py::module_& m) {
       .def(py::init(&make_scheduler), py::arg("device"), py::arg("chunks"), py::arg("windows"), py::arg("sink"),
            py::arg("piece_bytes") = defaults.piece_bytes, py::arg("ring_pieces") = defaults.ring_pieces,
            py::arg("trace_spans") = defaults.trace_spans, py::arg("transfers") = nullptr,
-           py::arg("disk_pieces") = defaults.disk_pieces)
+           py::arg("disk_pieces") = defaults.disk_pieces, py::arg("gpu_direct") = nullptr)
       .def(
           "set_schedule",
           [](const Handle& s, const std::vector<VisitTuple>& visits) {

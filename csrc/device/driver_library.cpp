@@ -65,6 +65,9 @@ DriverLibrary::DriverLibrary(const DriverLibraryNames& names) : what_(names.what
   for (const char* soname : names.sonames) {
     if (use(soname, 0)) return;
   }
+  for (const std::string& path : names.paths) {
+    if (use(path, 0)) return;
+  }
   throw Error(Code::unsupported, what_ + " could not be loaded: " + attempts +
                                      ". Is it installed and on the loader's path? " + names.environment +
                                      " may name the library");
@@ -80,13 +83,23 @@ void* DriverLibrary::symbol(const char* name) {
   return address;
 }
 
+void* DriverLibrary::symbol_if_there(const char* name) const {
+  return dlsym(handle_, name);
+}
+
+std::string DriverLibrary::path() const {
+  link_map* map = nullptr;
+  const bool known = dlinfo(handle_, RTLD_DI_LINKMAP, &map) == 0 && map->l_name != nullptr && *map->l_name != '\0';
+  return known ? map->l_name : path_;
+}
+
 void DriverLibrary::keep() {
   if (!missing_.empty()) {
     std::string list;
     for (const auto& name : missing_) list += (list.empty() ? "" : ", ") + name;
     throw Error(Code::unsupported, what_ + " (" + path_ + ") lacks " + std::to_string(missing_.size()) +
                                        (missing_.size() == 1 ? " function: " : " functions: ") + list +
-                                       ". A newer driver has them");
+                                       ". A newer version has them");
   }
   handle_ = nullptr;
 }

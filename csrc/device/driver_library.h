@@ -18,6 +18,7 @@ struct DriverLibraryNames {
   const char* environment;           // variable that names the one library to load instead
   const char* mapped_prefix;         // a library so named that the process has mapped already goes first; may be null
   std::vector<const char*> sonames;  // tried in this order
+  std::vector<std::string> paths{};  // tried after them
 };
 
 // Closes the library again unless keep() was called, so that a failed attempt leaves nothing behind.
@@ -32,12 +33,19 @@ class DriverLibrary {
   void find(DriverFunction<Signature>& function) {
     function.pointer = reinterpret_cast<Signature*>(symbol(function.name));
   }
+  // For a function that not every release has: null where it is not there.
+  template <typename Signature>
+  void find_if_there(DriverFunction<Signature>& function) {
+    function.pointer = reinterpret_cast<Signature*>(symbol_if_there(function.name));
+  }
+  std::string path() const;  // of the file, until keep()
   // Throws Error(unsupported) with the names of all functions that were not found. Otherwise the library stays for
   // the life of the process: drivers own threads and exit handlers and do not survive being unloaded.
   void keep();
 
  private:
   void* symbol(const char* name);
+  void* symbol_if_there(const char* name) const;
 
   std::string what_;
   std::string path_;

@@ -136,7 +136,9 @@ void Scheduler::Impl::upload_input(const UploadTask& task, std::unique_lock<std:
   device->wait(upload_stream, task.after_work);
   if (after != nullptr) device->wait(upload_stream, *after);
   events.give(task.after_work);
-  if (task.on_disk != nullptr) {
+  if (task.on_disk != nullptr && options.gpu_direct != nullptr) {
+    upload_directly(task);
+  } else if (task.on_disk != nullptr) {
     wait_for_writes(task.on_disk.get());
     upload_from_disk(task.on_disk, task.device, task.bytes, SpanKind::input_in, task.chunk);
   } else {
@@ -177,7 +179,9 @@ void Scheduler::Impl::download_whole(const DownloadTask& task, std::unique_lock<
   device->wait(download_stream, task.after_work);
   events.give(task.after_work);
   std::vector<Ticket> writes;
-  if (task.on_disk != nullptr) {
+  if (task.on_disk != nullptr && options.gpu_direct != nullptr) {
+    download_directly(task);
+  } else if (task.on_disk != nullptr) {
     writes = download_to_disk(task);
   } else {
     const EventHandle start = spans.mark(download_stream);

@@ -166,6 +166,11 @@ struct Scheduler::Impl {
   void upload_from_disk(const std::shared_ptr<const Region>& region, void* address, std::size_t bytes, SpanKind kind,
                         std::int32_t chunk);
   std::vector<Ticket> download_to_disk(const DownloadTask& task);
+  template <class Transfer>
+  void transfer_directly(StreamHandle after, SpanKind kind, std::int32_t chunk, std::size_t bytes,
+                         const Transfer& transfer);
+  void upload_directly(const UploadTask& task);
+  void download_directly(const DownloadTask& task);
   void wait_for_writes(const Region* region);
   void check_disk_input(const Region* region, std::size_t bytes) const;
   void settle_disk(std::unique_lock<std::mutex>& lock);

@@ -167,6 +167,38 @@ class Transfers:
         """Drops what has not begun, waits for what has, and ends the threads. Later calls raise StateError."""
 
 @final
+class CuFileFacts:
+    """`version` is "" where the library does not say."""
+
+    library: str
+    version: str
+
+def inspect_cufile(paths: Sequence[str]) -> CuFileFacts:
+    """Loads NVIDIA's cuFile without opening its driver; it stays loaded. UnsupportedError names every attempt.
+
+    `paths` are tried after SLIDECORE_CUFILE_LIBRARY, or without that after what is mapped and what the loader finds.
+    """
+
+@final
+class GpuDirect:
+    """Transfers between a Storage's files and device memory by cuFile. UnsupportedError where that cannot be.
+
+    The calls block; all work that uses the device memory must be done before.
+    """
+
+    def __init__(self, device: Device, storage: Storage, paths: Sequence[str]) -> None: ...
+    def read(self, region: Region, device_memory: int, nbytes: int) -> None:
+        """The first `nbytes` of the region."""
+    def write(self, region: Region, device_memory: int, nbytes: int) -> None: ...
+    @property
+    def direct(self) -> bool:
+        """False: cuFile itself copies through host memory (its compatibility mode)."""
+    def describe(self) -> str: ...
+    def counters(self) -> dict[str, int]: ...
+    def close(self) -> None:
+        """Later calls raise StateError. The files stay registered until no Scheduler uses this any more."""
+
+@final
 class ThreadPool:
     def __init__(self, threads: int = 0) -> None: ...
     @property
@@ -272,10 +304,12 @@ class Scheduler:
         trace_spans: int = ...,
         transfers: Transfers | None = None,
         disk_pieces: int = ...,
+        gpu_direct: GpuDirect | None = None,
     ) -> None:
         """chunks: (name, weight address, bytes, window). windows: (slot addresses, slot bytes).
 
         A chunk whose weights lie on disk has the address 0, and `place_weight` is called before its first visit.
+        With `gpu_direct`, of the same Storage as `transfers`, saved inputs go to disk and back past host memory.
         """
     FORWARD: ClassVar[int]
     BACKWARD: ClassVar[int]

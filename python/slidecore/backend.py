@@ -8,6 +8,34 @@ from slidecore import _core
 from slidecore.errors import UsageError
 
 
+def choose_device(device: str | torch.device) -> torch.device:
+    """What "auto", "cpu" or "cuda[:i]" (AMD's cards have that name in PyTorch, too) stands for; opens nothing.
+
+    Raises:
+        UsageError: the device is of a kind that slidecore does not know, or PyTorch cannot use it.
+    """
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    unsupported = f"device={str(device)!r} is not supported; use 'auto', 'cuda', 'cuda:1' or 'cpu'"
+    try:
+        requested = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(unsupported) from error
+    if requested.type == "cpu":
+        return torch.device("cpu")
+    if requested.type != "cuda":
+        raise UsageError(unsupported)
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"device={str(device)!r}, but PyTorch sees no card (torch {torch.__version__}); install a PyTorch build "
+            f"for your card, or use device='cpu' for the host backend"
+        )
+    index = torch.cuda.current_device() if requested.index is None else requested.index
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"device={str(device)!r}, but there are {torch.cuda.device_count()} cards")
+    return torch.device("cuda", index)
+
+
 class Backend:
     """A compute device. `torch_device` holds slots and activations; `core` moves bytes to and from it."""
 
@@ -17,30 +45,12 @@ class Backend:
         Raises:
             UsageError: the device is of a kind that slidecore does not know, or PyTorch cannot use it.
         """
-        if str(device) == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        unsupported = f"device={str(device)!r} is not supported; use 'auto', 'cuda', 'cuda:1' or 'cpu'"
-        try:
-            requested = torch.device(device)
-        except RuntimeError as error:
-            raise UsageError(unsupported) from error
-        if requested.type == "cpu":
-            self.torch_device = torch.device("cpu")
+        self.torch_device = choose_device(device)
+        if self.torch_device.type == "cpu":
             self.core = _core.Device("host", 0)
-        elif requested.type == "cuda":
-            if not torch.cuda.is_available():
-                raise UsageError(
-                    f"device={str(device)!r}, but PyTorch sees no card (torch {torch.__version__}); install a PyTorch "
-                    f"build for your card, or use device='cpu' for the host backend"
-                )
-            index = torch.cuda.current_device() if requested.index is None else requested.index
-            if index >= torch.cuda.device_count():
-                raise UsageError(f"device={str(device)!r}, but there are {torch.cuda.device_count()} cards")
-            self.torch_device = torch.device("cuda", index)
-            torch.cuda.init()
-            self.core = _core.Device("hip" if torch.version.hip else "cuda", index)
         else:
-            raise UsageError(unsupported)
+            torch.cuda.init()
+            self.core = _core.Device("hip" if torch.version.hip else "cuda", self.torch_device.index)
         self.is_host = self.core.is_host
         self._held = 0
         self._peak = 0

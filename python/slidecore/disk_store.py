@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from slidecore import _core, calibration
+from slidecore import _core, calibration, cufile
 from slidecore.errors import BudgetError
 from slidecore.sizes import format_size
 from slidecore.tier_plan import Part
@@ -23,6 +23,7 @@ class DiskStore:
 
     Attributes:
         transfers: of these files.
+        gpu_direct: the way of saved inputs past host memory, or None.
         limit: bytes that regions may take together; None: what the drives have.
         calibration: what `slidecore calibrate` found for these directories' drives, or None.
     """
@@ -40,6 +41,7 @@ class DiskStore:
         except BaseException:
             self.storage.close()
             raise
+        self.gpu_direct: _core.GpuDirect | None = None
         self._parts: dict[tuple[int, str], _core.Region] = {}
         self._unwritten: set[tuple[int, str]] = set()
         logger.info("disk tier: %s Transfers by %s", self.storage.describe(), self.transfers.describe())
@@ -48,6 +50,23 @@ class DiskStore:
     def nbytes(self) -> int:
         """Bytes of all regions."""
         return self.storage.allocated_bytes
+
+    def use_gpu_direct(self, device: _core.Device) -> None:
+        """Lets saved inputs go between `device` and the files by cuFile.
+
+        Raises:
+            UsageError: it cannot be used.
+        """
+        self.gpu_direct = cufile.connect(device, self.storage)
+
+    def counters(self) -> dict[str, int]:
+        """What was read and written, and of that, by cuFile."""
+        counts = self.transfers.counters()
+        if self.gpu_direct is not None:
+            direct = self.gpu_direct.counters()
+            counts = {name: count + direct.get(name, 0) for name, count in counts.items()}
+            counts["gpu_direct_bytes"] = direct["read_bytes"] + direct["written_bytes"]
+        return counts
 
     def reserve(self, nbytes: int) -> None:
         """Preallocates so many bytes in all, so that a lack of space shows now.
@@ -137,5 +156,7 @@ class DiskStore:
     def close(self) -> None:
         """Removes the files. Nothing may be in flight."""
         self._parts.clear()
+        if self.gpu_direct is not None:
+            self.gpu_direct.close()
         self.transfers.close()
         self.storage.close()

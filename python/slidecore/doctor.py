@@ -25,7 +25,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Do not measure rates.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look at driver, card, memory limits, io_uring and drives, and say what to do. Exit code 1: there is a problem."""
+    """Look at driver, card, memory limits, io_uring, cuFile and drives, and say what to do. Exit code 1: a problem."""
     places = [*(directories or []), *(disk or [])] or [Path(".")]
     checks = machine_checks.run([str(directory) for directory in places], rates=not quick)
     if as_json:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from slidecore import _core, kernels
+from slidecore import _core, host_pressure, kernels
 from slidecore.activations import Activations
 from slidecore.backend import Backend
 from slidecore.deferred_updates import DeferredUpdates
@@ -101,6 +101,7 @@ class Engine:
         host_memory: int | None,
         disk: Sequence[str],
         disk_memory: int | None,
+        gpu_direct: bool,
     ) -> None:
         self.backend = backend
         self.compute_dtype = compute_dtype
@@ -158,7 +159,9 @@ class Engine:
             piece_bytes=piece_bytes,
             compute_dtype=compute_dtype,
             train=train,
+            gpu_direct=backend.core if gpu_direct else None,
         )
+        host_pressure.warn_if_short(self.tiers.planned_bytes())
         try:
             self._build(model, kept, moments, threads, piece_bytes, ring_pieces)
         except BaseException:
@@ -223,6 +226,7 @@ class Engine:
             ring_pieces=ring_pieces,
             transfers=disk.transfers if disk is not None else None,
             disk_pieces=DISK_PIECES,
+            gpu_direct=disk.gpu_direct if disk is not None else None,
         )
         self.saved_inputs = SavedInputs(backend, self.scheduler, self.tiers)
         self.tiers.connect(self)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from slidecore import machine_checks
+from slidecore.sizes import format_size
+
+logger = logging.getLogger("slidecore")
 
 # Below this share of the machine's (or the control group's) memory, planes go down by themselves.
 LOW_SHARE, LEAST_LOW = 0.03, 512 << 20
@@ -23,6 +27,21 @@ def low_water() -> int:
     sizes = [_total_memory(), *(limit for limit, _ in _group_memory())]
     low = max(LEAST_LOW, int(min(sizes) * LOW_SHARE))
     return 2 * low if stalled_share() > MUCH_STALLING else low
+
+
+def warn_if_short(nbytes: int) -> None:
+    """Says so if the machine has less than `nbytes` left, which are about to be taken.
+
+    No error: some virtual machines grow, and swap space does not count as available.
+    """
+    available = available_memory()
+    if nbytes > available:
+        logger.warning(
+            "planes and buffers take %s of host memory, and the machine has %s left: the kernel may end this process. "
+            "Use moments='8bit', or disk=[directory, ...] for what memory has no room for",
+            format_size(nbytes),
+            format_size(available),
+        )
 
 
 def stalled_share() -> float:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from slidecore import _core, calibration
+from slidecore import _core, calibration, cufile
 from slidecore.drives import Workload, identify
 from slidecore.sizes import format_size
 
@@ -44,6 +44,7 @@ def run(directories: Sequence[str], rates: bool = True) -> list[Check]:
     checks += _safely("memory lock limit", memory_lock_limit, _NOT_LOOKED_AT)
     checks += _safely("memory nodes", lambda: memory_nodes(device), _NOT_LOOKED_AT)
     checks += _safely("io_uring", io_uring, _NOT_LOOKED_AT)
+    checks += _safely("cuFile", lambda: gpu_direct(device), _NOT_LOOKED_AT)
     for directory in directories:
         checks += _safely(
             f"disk {directory}",
@@ -159,6 +160,29 @@ def io_uring() -> list[Check]:
     if not reason:
         return [Check("io_uring", "ok", "the kernel allows it")]
     return [Check("io_uring", "note", reason, "Files are read and written by threads, which costs more CPU time")]
+
+
+def gpu_direct(device: _core.Device | None) -> list[Check]:
+    """Whether `offload(..., gpu_direct=True)` finds cuFile, and nvidia-fs for it. Its driver is not opened."""
+    name = "cuFile"
+    if (device is None or device.backend != "cuda") and not os.environ.get(cufile.VARIABLE):
+        return [Check(name, "ok", "not looked for: gpu_direct=True is for NVIDIA cards, off by default")]
+    try:
+        facts = _core.inspect_cufile(cufile.library_paths())
+    except _core.UnsupportedError as error:
+        return [Check(name, "note", str(error), f"Needed for offload(..., gpu_direct=True) only. {cufile.INSTALL}")]
+    finding = f"{' '.join(filter(None, (facts.version, f'({facts.library})')))}, "
+    module = cufile.nvidia_fs()
+    if module is not None:
+        return [Check(name, "ok", f"{finding}nvidia-fs {module}: offload(..., gpu_direct=True) can use it")]
+    return [
+        Check(
+            name,
+            "note",
+            f"{finding}no nvidia-fs: with gpu_direct=True it would copy through host memory (compatibility mode)",
+            f"{cufile.LOAD_NVIDIA_FS}, or {cufile.LEAVE_OFF}",
+        )
+    ]
 
 
 def disk(directory: str, rates: bool) -> list[Check]:

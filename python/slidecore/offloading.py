@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import nn
 
-from slidecore import roots
+from slidecore import cufile, roots
 from slidecore.absent_parameters import check_present
 from slidecore.backend import Backend
 from slidecore.disk_traffic import Traffic
@@ -69,6 +69,7 @@ def offload(
     host_memory: int | str | None = None,
     disk: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     disk_memory: int | str | None = None,
+    gpu_direct: bool = False,
 ) -> Model:
     """Makes `model` compute on `device` with its weights in host memory, in place; returns the same object.
 
@@ -102,6 +103,8 @@ def offload(
         disk: a directory, or one for each drive (files are striped over them), for swap files. They are removed at
             exit, and after a crash by the next run that uses the directory.
         disk_memory: bytes that may lie there; None takes what the drives have free.
+        gpu_direct: saved inputs that go to disk go there from device memory, and back, by NVIDIA's cuFile (GPUDirect
+            Storage), without a copy in host memory where the nvidia-fs kernel module is loaded.
 
     Raises:
         ModelError: no blocks were found, the model is offloaded already, a block shares a parameter, or `keep` names
@@ -110,7 +113,7 @@ def offload(
         slidecore._core.Error: a directory of `disk` cannot be used, another process uses it, or it lacks the space.
         ValueError: an argument is out of its range.
         TypeError: `disk` is no directory, nor a list of directories.
-        UsageError: the device is not usable.
+        UsageError: the device is not usable, or cuFile with `gpu_direct`.
     """
     if _ATTRIBUTE in model.__dict__:
         raise ModelError("this model is offloaded already; slidecore.close(model) undoes it")
@@ -148,6 +151,8 @@ def offload(
     directories = _directories(disk)
     if disk_memory is not None and not directories:
         raise ValueError("disk_memory= needs disk=[directory, ...]")
+    if gpu_direct:
+        cufile.check(backend, has_disk=bool(directories), train=train)
     kept = choose(model, keep)
     undo_kernels = liger.apply(model, kernels, on_card=not backend.is_host)
     engine = Engine(
@@ -168,6 +173,7 @@ def offload(
         host_memory=None if host_memory is None else parse_size(host_memory, "host_memory"),
         disk=directories,
         disk_memory=None if disk_memory is None else parse_size(disk_memory, "disk_memory"),
+        gpu_direct=gpu_direct,
     )
     _move_buffers(model, backend.torch_device)
     engine.wrap()
@@ -211,8 +217,9 @@ def _hook(model: nn.Module, engine: Engine) -> None:
     def settle(module: nn.Module, *_: Any) -> None:
         check_present(
             module,
-            "a state dict of all weights may not fit there. slidecore.save_checkpoint(model, optimizer, directory) "
-            "writes one chunk at a time; slidecore.master_parameter(model, name) gives single parameters",
+            "a state dict of all weights may not fit there. slidecore.save_checkpoint(model, optimizer, directory), or "
+            "save_pretrained(directory) of a model of transformers, writes one chunk at a time; "
+            "slidecore.master_parameter(model, name) gives single parameters",
         )
         engine.drain()
 
@@ -414,11 +421,11 @@ def stats(model: nn.Module) -> Stats:
 
     `device_memory` is PyTorch's allocated memory on a card, and on the host backend what slidecore places there: slots,
     gradients, saved inputs and graphs. `host_memory` is planes, rings, buffers and saved inputs, `disk_memory` what
-    lies in swap files, `disk_counters` what was read and written there. `disk_traffic` is what a step is foretold to
-    read and write (`read_bytes`, `written_bytes`), how long the drives need for it (`seconds`) and what that wears
-    (`terabytes_per_1000_steps`, `terabytes_per_day`); saved inputs and accumulation come on top of it.
-    `ordinary_training_bytes` is what weights and gradients in the compute dtype with float32 masters and moments take
-    on a device.
+    lies in swap files, `disk_counters` what was read and written there (with `gpu_direct`, also what of that went by
+    cuFile). `disk_traffic` is what a step is foretold to read and write (`read_bytes`, `written_bytes`), how long the
+    drives need for it (`seconds`) and what that wears (`terabytes_per_1000_steps`, `terabytes_per_day`); saved inputs
+    and accumulation come on top of it. `ordinary_training_bytes` is what weights and gradients in the compute dtype
+    with float32 masters and moments take on a device.
 
     Raises:
         UsageError: `model` is not offloaded.
@@ -443,7 +450,7 @@ def stats(model: nn.Module) -> Stats:
         ordinary_training_bytes=parameters * item + trainable * (item + masters + 8),
         counters=engine.scheduler.counters(),
         disk_memory=store.nbytes if store is not None else 0,
-        disk_counters=store.transfers.counters() if store is not None else {},
+        disk_counters=store.counters() if store is not None else {},
         disk_traffic=engine.tiers.traffic(),
     )
 

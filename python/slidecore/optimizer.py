@@ -211,6 +211,9 @@ class AdamW(torch.optim.Optimizer):
         uint8), with "exp_avg_scale" and "exp_avg_sq_scale". These are views of the planes, no copies: save them, or
         clone them, before the next step. Of planes that are not in memory they are copies, which may not fit:
         `slidecore.save_checkpoint` needs one chunk's at a time.
+
+        `max_grad_norm`, `skip_nonfinite` and `update` are not in it, as clipping is in no state of torch.optim: give
+        them again when the optimizer is created. (`slidecore.load_checkpoint` compares the first two.)
         """
         engine = self._offloaded()
         engine.drain()

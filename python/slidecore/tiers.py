@@ -71,18 +71,20 @@ class Tiers:
         piece_bytes: int,
         compute_dtype: torch.dtype,
         train: bool,
+        gpu_direct: _core.Device | None = None,
     ) -> None:
-        """Plans, and prepares the swap files.
+        """Plans, and prepares the swap files. Saved inputs go there past host memory from `gpu_direct`, if given.
 
         Raises:
             BudgetError: a budget is too small.
+            UsageError: they cannot.
             slidecore._core.Error: a directory of `disk` cannot be used, or lacks the space.
         """
         self._chunks, self._parts = chunks, parts
         self._piece_bytes, self._compute_dtype = piece_bytes, compute_dtype
         buffers = 0
         if disk:
-            buffers = (2 if train else 1) * DISK_PIECES * piece_bytes
+            buffers = (2 if train and gpu_direct is None else 1) * DISK_PIECES * piece_bytes
             buffers += staging_bytes(piece_bytes, compute_dtype) if train else 0
             if host_memory is None:
                 host_memory = int(host_pressure.available_memory() * SHARE_OF_AVAILABLE)
@@ -107,6 +109,8 @@ class Tiers:
         self.store = DiskStore(disk, disk_memory) if disk else None
         if self.store is not None:
             try:
+                if gpu_direct is not None:
+                    self.store.use_gpu_direct(gpu_direct)
                 self.store.reserve(sum(part.disk_bytes for part in self.on_disk))
                 for part in self._sorted(self.on_disk):
                     self.store.add(part, self._label(part))
@@ -148,6 +152,10 @@ class Tiers:
     def fixed_bytes(self) -> int:
         """Host memory of everything but planes and saved inputs."""
         return self._fixed + self._grad_bytes
+
+    def planned_bytes(self) -> int:
+        """Host memory of planes and everything else but saved inputs."""
+        return self.fixed_bytes() + self._in_memory
 
     def limit(self) -> int | None:
         """The budget for host memory that holds now."""
@@ -218,7 +226,7 @@ class Tiers:
         available, low = host_pressure.available_memory(), host_pressure.low_water()
         if available >= low:
             return
-        used = self.fixed_bytes() + self._in_memory
+        used = self.planned_bytes()
         self._ceiling = max(0, used - (2 * low - available))
         try:
             target = self._plan(self.limit(), self.store.limit)

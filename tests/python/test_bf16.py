@@ -120,7 +120,8 @@ def test_loss_curve(offload: Offload, kind: str, options: dict[str, Any]) -> Non
     assert losses[-1] < losses[0] - 0.1
     # Within the spread of the plain runs: as near to one of them as they are to each other, at every step.
     spread = max(curves_apart(a[0], b[0]) for a, b in pairs)
-    assert min(curves_apart(losses, other) for other, _ in references) <= 1.5 * spread
+    assert min(curves_apart(losses, other) for other, _ in references) <= spread
+    # The way of all weights is more sensitive: a few runs do not show all that rounding can do to it.
     spread = max(movement_apart(a[1], b[1], start) for a, b in pairs)
     assert min(movement_apart(masters, other, start) for _, other in references) <= 1.5 * spread
     assert spread < 0.5  # the runs are comparable at all

@@ -223,6 +223,18 @@ def test_a_machine_short_of_memory(
     assert_same(state(run.model), state(plain.model))
 
 
+def test_a_model_that_memory_has_no_room_for_is_told(
+    offload: Offload, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "slidecore"):
+        offload(language_model("llama"), compute_dtype=torch.float32, **SMALL)
+        assert "kernel may end" not in caplog.text
+        monkeypatch.setattr(host_pressure, "available_memory", lambda: 200_000)
+        offload(language_model("llama"), compute_dtype=torch.float32, **SMALL)
+    assert "machine has 195 KiB left" in caplog.text
+    assert "disk=" in caplog.text
+
+
 def test_pressure_is_what_the_kernel_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     low = host_pressure.low_water()
     assert 0 < low < host_pressure.available_memory()

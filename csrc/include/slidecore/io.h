@@ -96,6 +96,7 @@ class Storage {
 
  private:
   friend class Region;
+  friend class GpuDirect;
   friend class Transfers;
   std::shared_ptr<Impl> impl_;
 };
@@ -113,6 +114,7 @@ class Region {
   std::uint64_t base() const { return base_; }  // in the striped space of the whole Storage
 
  private:
+  friend class GpuDirect;
   friend class Transfers;
   std::shared_ptr<Storage::Impl> storage_;
   std::string name_;

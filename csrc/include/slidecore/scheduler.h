@@ -39,6 +39,7 @@
 #include <vector>
 
 #include "slidecore/device.h"
+#include "slidecore/gpu_direct.h"
 #include "slidecore/io.h"
 #include "slidecore/memory.h"
 #include "slidecore/trace.h"
@@ -95,6 +96,9 @@ struct SchedulerOptions {
   // take what is saved there.
   std::shared_ptr<Transfers> transfers = nullptr;
   std::size_t disk_pieces = 4;
+  // Of the same files: what is saved on disk goes there from device memory and back, past the pieces, and the lanes
+  // wait for it. The upload lane begins a read once the work it comes after is done. Null: through the pieces.
+  std::shared_ptr<GpuDirect> gpu_direct = nullptr;
 };
 
 class Scheduler {
@@ -138,8 +142,9 @@ class Scheduler {
   Ticket fetch_input(std::int32_t chunk, void* device, const void* host, std::size_t bytes, StreamHandle stream,
                      Ticket after = 0);
 
-  // The same to and from disk, through pinned pieces (SchedulerOptions::transfers). The device memory that is saved may
-  // be used again after the ticket as above; what is fetched with `after` has been written by then.
+  // The same to and from disk, through pinned pieces (SchedulerOptions::transfers) or past them (gpu_direct). The
+  // device memory that is saved may be used again after the ticket as above; what is fetched with `after` has been
+  // written by then.
   Ticket save_input(std::int32_t chunk, std::shared_ptr<const Region> on_disk, const void* device, std::size_t bytes,
                     StreamHandle stream);
   Ticket fetch_input(std::int32_t chunk, void* device, std::shared_ptr<const Region> on_disk, std::size_t bytes,

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,33 @@ from slidecore.errors import CheckpointError
 
 # Hidden, so that nobody takes them for checkpoints: being written; and on their way out.
 _SAVING, _REMOVING = ".slidecore-saving-", ".slidecore-removing-"
+_SHOWN_BYTES = 100  # of a checkpoint's name, in those
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def resolve_target(directory: str | Path) -> Path:
+    """The absolute path to save at. Of a symbolic link it is what it points to: a rename would replace the link itself.
+
+    Raises:
+        CheckpointError: no file can have that name.
+    """
+    target = Path(directory).absolute()
+    try:
+        if stat.S_ISLNK(os.lstat(target).st_mode):
+            target = target.resolve()
+            os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # to be made, or refused where it is
+    except OSError as error:
+        raise failure("save at", target, error) from error
+    except (ValueError, RuntimeError) as error:  # a NUL; links that lead back to themselves
+        raise CheckpointError(f"cannot save at {str(target)!r}: {error}") from error
+    return target
+
+
+def _hidden(prefix: str, name: str) -> str:
+    """A name that nobody has, and that is not too long where `name` is just short enough."""
+    return f"{prefix}{os.fsdecode(os.fsencode(name)[:_SHOWN_BYTES])}-{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager
@@ -35,7 +62,7 @@ def staging(target: Path) -> Iterator[Path]:
     try:
         os.makedirs(parent, exist_ok=True)
         _remove_leftovers(parent)
-        directory = parent / f"{_SAVING}{target.name}-{secrets.token_hex(4)}"
+        directory = parent / _hidden(_SAVING, target.name)
         os.mkdir(directory)
     except OSError as error:
         raise failure("create a directory in", parent, error) from error
@@ -134,19 +161,26 @@ def _remove_leftovers(parent: Path) -> None:
 def _complete(directory: Path) -> dict[Path, Manifest]:
     """The checkpoints inside `directory` whose manifest is good and whose files have their sizes, by directory."""
     found: dict[Path, Manifest] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for path in sorted(directory.iterdir()):
-            if path.name.startswith(".") or not path.is_dir():
-                continue
-            try:
-                manifest = read_manifest(path)
-                manifest.check_sizes()
-            except CheckpointError as error:
-                # What has no manifest may be anything; what has a bad one was a checkpoint once.
-                if (path / MANIFEST).is_file():
-                    warnings.warn(f"{path} is left out: {error.message}", stacklevel=3)
-                continue
-            found[path] = manifest
+    try:
+        paths = sorted(directory.iterdir())
+    except FileNotFoundError:
+        return found
+    except OSError as error:
+        raise failure("look for checkpoints in", directory, error) from error
+    except ValueError as error:  # a NUL
+        raise CheckpointError(f"cannot look for checkpoints in {str(directory)!r}: {error}") from error
+    for path in paths:
+        if path.name.startswith(".") or not path.is_dir():
+            continue
+        try:
+            manifest = read_manifest(path)
+            manifest.check_sizes()
+        except CheckpointError as error:
+            # What has no manifest may be anything; what has a bad one was a checkpoint once.
+            if (path / MANIFEST).is_file():
+                warnings.warn(f"{path} is left out: {error.message}", stacklevel=3)
+            continue
+        found[path] = manifest
     return found
 
 
@@ -156,9 +190,19 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     Only complete ones count: a save that was interrupted leaves none, and one with a missing or truncated file is left
     out with a warning. (Checksums are checked by `load_checkpoint`.) "Last" goes by a number that every save takes, one
     higher than those beside it, not by names or clocks.
+
+    Raises:
+        CheckpointError: `directory` cannot be read.
     """
     found = _complete(Path(directory))
     return max(found, key=lambda path: (found[path].sequence, path.name), default=None)
+
+
+def count_complete(directory: Path) -> int:
+    """How many complete checkpoints lie in `directory`; says nothing of those that are not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return len(_complete(directory))
 
 
 def next_sequence(parent: Path) -> int:
@@ -184,7 +228,7 @@ def remove_old(newest: Path, keep: int) -> None:
     series = [path for path in found if re.sub(r"\d+$", "", path.name) == stem and path.name != newest.name]
     series.sort(key=lambda path: (found[path].sequence, path.name))
     for path in series[: max(0, len(series) + 1 - keep)]:
-        leaving = path.parent / f"{_REMOVING}{path.name}-{secrets.token_hex(4)}"
+        leaving = path.parent / _hidden(_REMOVING, path.name)
         try:
             os.rename(path, leaving)  # at once: half of a checkpoint must not look like one
             shutil.rmtree(leaving)

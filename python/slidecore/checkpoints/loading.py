@@ -40,7 +40,8 @@ def load_checkpoint(
 
     Args:
         model: an offloaded model, between steps.
-        optimizer: of the kind that was saved; the groups' options become those that were saved.
+        optimizer: of the kind that was saved; the groups' options become those that were saved. `max_grad_norm` and
+            `skip_nonfinite` of slidecore.AdamW have to be those that were saved already.
         directory: a checkpoint; see `latest_checkpoint`.
         scheduler: given if, and only if, one was saved; of the same class.
         random_state: False leaves the random generators as they are.

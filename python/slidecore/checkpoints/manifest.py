@@ -90,6 +90,8 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
+        if "\0" in str(directory):
+            raise CheckpointError(f"there is no checkpoint at {str(directory)!r}: {error}") from error
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if content.get("format") != FORMAT:
         raise CheckpointError(

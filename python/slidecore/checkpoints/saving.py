@@ -25,6 +25,7 @@ from slidecore.checkpoints.directories import (
     next_sequence,
     publish,
     remove_old,
+    resolve_target,
     staging,
 )
 from slidecore.checkpoints.files import (
@@ -89,7 +90,8 @@ def save_checkpoint(
         model: an offloaded model.
         optimizer: its slidecore.AdamW; or, where all that is trained is kept on the device, the optimizer of
             torch.optim that does it (the state of one beside a slidecore.AdamW can be part of `extra`).
-        directory: where to; must not exist or be empty, unless `overwrite`. For example "run/step-000100".
+        directory: where to; must not exist or be empty, unless `overwrite`. For example "run/step-000100". Of a
+            symbolic link it is what the link points to.
         scheduler: a learning-rate scheduler, or anything with state_dict and load_state_dict.
         extra: the caller's own state, which `load_checkpoint` returns: the position in the data, say. Tensors, and
             numbers, strings, None, lists, tuples, sets and dicts of them.
@@ -109,7 +111,7 @@ def save_checkpoint(
         CheckpointError: `directory` is occupied, the disk has too little space, or a call of the system failed; the
             message names file and offset. Nothing new is at `directory` then, and nothing old is gone.
     """
-    target = Path(directory).absolute()
+    target = resolve_target(directory)
     engine = engine_of(model)
     check_usable(engine, optimizer)
     check_at_rest(model, engine)
@@ -168,11 +170,21 @@ def write_model(
     """
     engine = engine_of(model)
     engine.drain()
-    stop = Stop()
-    weights = plan_weight_files(model, engine, parse_size(shard_size, "shard_size"))
     write_side_files(model, tokenizer, directory)
-    _write_all(_plan_writes(engine, weights, {}, stop), directory, choose_threads(threads), stop)
+    write_weights(model, engine, directory, parse_size(shard_size, "shard_size"), threads)
     sync_directory(directory)
+
+
+def write_weights(model: nn.Module, engine: Engine, directory: Path, shard_bytes: int, threads: int = 0) -> None:
+    """Writes the weight files, and their index if there are several, into a directory that has none; pending updates
+    must be done.
+
+    Raises:
+        CheckpointError: a call of the system failed.
+    """
+    stop = Stop()
+    weights = plan_weight_files(model, engine, shard_bytes)
+    _write_all(_plan_writes(engine, weights, {}, stop), directory, choose_threads(threads), stop)
 
 
 def _write_all(writes: Sequence[_Write], directory: Path, threads: int, stop: Stop) -> dict[str, FileRecord]:

@@ -166,8 +166,21 @@ def _optimizer_state(engine: Engine, optimizer: Optimizer) -> dict[str, Any]:
             {**{name: value for name, value in group.items() if name != "params"}, "params": parameters}
             for group, parameters in zip(optimizer.param_groups, names, strict=True)
         ],
+        "settings": _settings(optimizer),
         "skipped_steps": optimizer.skipped_steps,
         "adds_up": engine.deferred.adds_up,
+    }
+
+
+def _settings(optimizer: AdamW) -> dict[str, Any]:
+    """What decides the arithmetic and is no option of a group: it is compared, not taken over.
+
+    How updates are made follows from it when the optimizer is created, so that it cannot come from a checkpoint.
+    """
+    clipped = optimizer.max_grad_norm
+    return {
+        "max_grad_norm": None if clipped is None else float(clipped),
+        "skip_nonfinite": bool(optimizer.skip_nonfinite),
     }
 
 
@@ -189,6 +202,16 @@ def _check_optimizer(kept: dict[str, Any], engine: Engine, optimizer: Optimizer)
             raise CheckpointError(
                 f"parameter group {index} is another one than in the checkpoint: {different!r} is in only one of them"
             )
+    if isinstance(optimizer, AdamW):
+        for setting, mine in _settings(optimizer).items():
+            # Earlier versions did not save them.
+            theirs = kept.get("settings", {}).get(setting, mine)
+            if theirs != mine:
+                raise CheckpointError(
+                    f"{setting} is {mine}, but in the run that was saved it is {theirs}: create the optimizer with "
+                    f"slidecore.AdamW(..., {setting}={theirs}). To go on otherwise, set optimizer.{setting} = {mine} "
+                    f"after loading"
+                )
 
 
 def _apply_optimizer(kept: dict[str, Any], engine: Engine, optimizer: Optimizer) -> None:

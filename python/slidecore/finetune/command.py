@@ -117,6 +117,12 @@ def finetune(
         str | None,
         typer.Option(help="What may lie there; all that the drives have if not given.", rich_help_panel=_ENGINE),
     ] = None,
+    gpu_direct: Annotated[
+        bool,
+        typer.Option(
+            "--gpu-direct", help="Saved inputs go there past host memory, by NVIDIA's cuFile.", rich_help_panel=_ENGINE
+        ),
+    ] = False,
     compute_dtype: Annotated[
         str, typer.Option(help='"auto", "bfloat16" or "float32".', rich_help_panel=_ENGINE)
     ] = "auto",
@@ -171,6 +177,7 @@ def finetune(
         host_memory=host_memory,
         disk=tuple(disk or ()),
         disk_memory=disk_memory,
+        gpu_direct=gpu_direct,
         compute_dtype=compute_dtype,
         moments=moments,
         window=window,

@@ -76,6 +76,7 @@ class PackedData:
         documents: number of documents.
         tokens: number of tokens, including the remainder that fills no sequence.
         largest_token: the largest token id.
+        left_out: number of sequences that are not here, because none of their tokens carries loss.
     """
 
     sequences: Any
@@ -83,6 +84,7 @@ class PackedData:
     documents: int
     tokens: int
     largest_token: int
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -135,8 +137,10 @@ class PackedData:
         return found.hexdigest()
 
 
-def find_files(data: Path, pattern: str | None = None) -> DataFiles:
+def find_files(data: Path, pattern: str | None = None, *, but: Path | None = None) -> DataFiles:
     """The data files at `data`: itself, or what lies below it, hidden files and `__pycache__` left out, sorted.
+
+    What lies in the directory `but` is left out too: what a run writes would be read when the run goes on.
 
     Raises InputError where there is nothing to read, or where a single file is of no known format.
     """
@@ -156,8 +160,11 @@ def find_files(data: Path, pattern: str | None = None) -> DataFiles:
             found = sorted(data.glob(pattern or "**/*"))
         except (ValueError, NotImplementedError) as error:
             raise InputError(f"--glob {pattern!r}: {error}", 'Give a relative pattern such as "**/*.md".') from error
+        left_out = _inside(but, data)
         for path in found:
             inside = path.relative_to(data).parts
+            if left_out and inside[: len(left_out)] == left_out:
+                continue
             hidden = any(part.startswith(".") or part == "__pycache__" for part in inside)
             if path.is_file() and (pattern is not None or not hidden):
                 with _readable(path):
@@ -176,6 +183,13 @@ def find_files(data: Path, pattern: str | None = None) -> DataFiles:
     return files
 
 
+def _inside(path: Path | None, directory: Path) -> tuple[str, ...]:
+    """The parts of the way from `directory` to `path`; none where it is not below."""
+    if path is None or not path.resolve().is_relative_to(directory.resolve()):
+        return ()
+    return path.resolve().relative_to(directory.resolve()).parts
+
+
 def pack(
     files: DataFiles,
     tokenizer: Any,
@@ -188,7 +202,8 @@ def pack(
 
     Of a text file the whole is one document; of JSON Lines and Parquet every row is, with either `text` (a string) or
     `messages` (a list of {"role", "content"}, rendered by the tokenizer's chat template). Tokens that do not fill a
-    last sequence are dropped, once, at the end of all data.
+    last sequence are dropped, once, at the end of all data. Sequences without any token that carries loss are left out
+    (and counted): a batch of nothing else would have no mean loss.
 
     Args:
         files: from `find_files`.
@@ -198,8 +213,8 @@ def pack(
         assistant_only: take the loss of `messages` on the assistant's tokens only, for chat templates that mark them.
 
     Raises:
-        InputError: the tokenizer has no end-of-sequence token or no chat template, a row cannot be used, or there are
-            not enough tokens for one sequence.
+        InputError: the tokenizer has no end-of-sequence token or no chat template, a row cannot be used, there are not
+            enough tokens for one sequence, or no sequence has a token that carries loss.
         MissingDependencyError: datasets is not installed.
     """
     try:
@@ -244,16 +259,27 @@ def pack(
                 f"the data has {encoder.tokens} tokens, fewer than one sequence of {sequence_length}",
                 "Give more data, or a smaller --sequence-length.",
             )
-        tokens = datasets.concatenate_datasets(parts)
+        tokens = datasets.concatenate_datasets(parts).with_format("numpy")
+        if next(_cut(tokens, sequence_length), None) is None:
+            raise InputError(
+                f"no token of the data carries loss: in no sequence of {sequence_length} tokens is there one that the "
+                f"assistant says",
+                "Give chats with messages of the assistant, a larger --sequence-length, or leave --assistant-only out.",
+            )
         sequences = datasets.Dataset.from_generator(
             _cut,
-            gen_kwargs={"tokens": tokens.with_format("numpy"), "length": sequence_length},
+            gen_kwargs={"tokens": tokens, "length": sequence_length},
             features=datasets.Features(columns),
             cache_dir=str(cache_dir / "packed"),
             fingerprint="packed",
         )
     return PackedData(
-        sequences.with_format("numpy"), sequence_length, encoder.documents, encoder.tokens, encoder.largest_token
+        sequences.with_format("numpy"),
+        sequence_length,
+        encoder.documents,
+        encoder.tokens,
+        encoder.largest_token,
+        left_out=encoder.tokens // sequence_length - len(sequences),
     )
 
 
@@ -437,7 +463,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def _cut(tokens: Any, length: int) -> Iterator[dict[str, Any]]:
-    """The stream of all rows' tokens in pieces of `length`, without the remainder."""
+    """The stream of all rows' tokens in pieces of `length`, without the remainder, and without those with no loss."""
     import numpy as np
 
     held: dict[str, list[Any]] = {name: [] for name in tokens.column_names}
@@ -451,7 +477,10 @@ def _cut(tokens: Any, length: int) -> Iterator[dict[str, Any]]:
             streams = {name: np.concatenate(arrays) for name, arrays in held.items()}
             whole = count - count % length
             for start in range(0, whole, length):
-                yield {name: stream[start : start + length] for name, stream in streams.items()}
+                piece = {name: stream[start : start + length] for name, stream in streams.items()}
+                # The first label is that of no prediction.
+                if "labels" not in piece or (piece["labels"][1:] != _IGNORED_LABEL).any():
+                    yield piece
             held = {name: [stream[whole:]] for name, stream in streams.items()}
             count -= whole
 

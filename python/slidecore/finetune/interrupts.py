@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step that runs is finished and saved, a second one stops at once."""
+"""Ctrl-C and SIGTERM: what runs is finished and saved, a second one stops at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Interrupts:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._deferring = False
+        self.work = ""  # what a signal does not stop, for the person who sent it; "" if it does
         self._before: dict[int, Any] = {}
         self._signal = signal.SIGINT
         self.requested = False
@@ -43,20 +43,23 @@ class Interrupts:
             signal.signal(number, before)
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """For work that looks at `requested` often enough, and ends in order."""
-        self._deferring = True
+    def deferred(self, what: str) -> Iterator[None]:
+        """For work that looks at `requested` often enough and ends in order, or that is worth finishing.
+
+        `what` is being done, for the person who has interrupted it; where that changes, set `work`.
+        """
+        self.work = what
         try:
             yield
         finally:
-            self._deferring = False
+            self.work = ""
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)
-        if not self._deferring or self.requested:
+        if not self.work or self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._say("finishing this step and saving; once more to stop at once")
+        self._say(f"{self.work}; once more to stop at once")
 
     def error(self, message: str, hint: str) -> InterruptedRunError:
         """The error that ends the run, with the exit code of the signal that came."""

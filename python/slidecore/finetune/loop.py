@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 
 import slidecore
+from slidecore.backend import choose_device
 from slidecore.engine import Engine
-from slidecore.errors import InputError, MissingDependencyError, TrainingError
+from slidecore.errors import InputError, MissingDependencyError, TrainingError, UsageError
 from slidecore.finetune import output, resuming
-from slidecore.finetune.data import PackedData, find_files, pack
+from slidecore.finetune.data import DataFiles, PackedData, find_files, pack
 from slidecore.finetune.interrupts import Interrupts
 from slidecore.finetune.options import Options
 from slidecore.finetune.plots import plot_loss
@@ -66,12 +68,17 @@ class _Run:
         self.interrupts = interrupts
         self.step = 0  # that is being taken, or was taken last
         self.kept = 0  # the last one that is in a checkpoint
+        self.trained = False  # to the end
         self.saved = False  # the model
         self._engine: Engine | None = None
+        self.eval_files: DataFiles | None = None
         # Cheap checks first: each finds its error before the next, longer piece of work.
         try:
-            self.files = find_files(options.data, options.glob)
-            self.eval_files = find_files(options.eval_data) if options.eval_data is not None else None
+            _check_apart(options)
+            _check_places(options)
+            self.files = find_files(options.data, options.glob, but=options.out)
+            if options.eval_data is not None:
+                self.eval_files = find_files(options.eval_data, but=options.out)
             self.checkpoint = Checkpoint(options.model)
             _check_context(self.checkpoint.config, options.sequence_length)
             self.tokenizer = load_tokenizer(options.model)
@@ -86,20 +93,15 @@ class _Run:
         try:
             with self.out.scratch() as scratch:
                 training, steps = self._prepare(scratch)
-                with self.interrupts.deferred():
+                with self.interrupts.deferred("finishing this step and saving"):
                     self._train(training, steps)
-                slidecore.synchronize(training.model)
-            _check_weights(training.model, steps)
-            with self.progress.stage("Saving"):
-                self.out.save_model(training.model, self.tokenizer)
-                self.saved = True
-            evaluated = [(m.step, m.eval_loss) for m in training.history if m.eval_loss is not None]
-            plot_loss(self.out.path / output.LOSS_PLOT, [m.loss for m in training.history], held_out=evaluated)
-            return self._summary(training, steps)
+                    # Hours of training are worth the minutes of a save, also to whoever wants the run to end.
+                    self.interrupts.work = "saving the model"
+                    self.trained = True
+                    self._save_model(training, steps)
+                    return self._summary(training, steps)
         except KeyboardInterrupt:
-            raise self.interrupts.error(
-                f"interrupted; {self._lost()}, and no model was written", self._what_is_left()
-            ) from None
+            raise self.interrupts.error(f"interrupted; {self._lost()}", self._what_is_left()) from None
         except Exception as error:
             if not output.disk_is_full(error):
                 raise
@@ -136,9 +138,9 @@ class _Run:
                 resumption.load(training)
             self.step = self.kept = resumption.step
         saved = sum(p.numel() * p.element_size() for p in model.parameters())
-        checkpoints = options.keep + 1 if options.save_every else 0
+        saves = steps // options.save_every - training.done // options.save_every if options.save_every else 0
         state = slidecore.stats(model)
-        self.out.check_space(saved + checkpoints * (state.planes_bytes + state.disk_memory))
+        self.out.check_space(saved, state.planes_bytes + state.disk_memory, keep=options.keep, saves=saves)
         if resumption is None:
             self.out.remove_earlier_run()
         return training, steps
@@ -151,6 +153,7 @@ class _Run:
         }
         data = pack(self.files, self.tokenizer, cache_dir=scratch, **settings)
         _check_vocabulary(data, vocabulary)
+        self._say_left_out(data, "")
         if self.eval_files is not None:
             (scratch / "eval").mkdir()
             try:
@@ -158,10 +161,18 @@ class _Run:
             except InputError as error:
                 raise InputError(f"--eval-data: {error.message}", error.hint) from error
             _check_vocabulary(held_out, vocabulary)
+            self._say_left_out(held_out, " of --eval-data")
             return data, held_out
         if options.eval_fraction:
             return data.split(options.eval_fraction, options.seed)
         return data, None
+
+    def _say_left_out(self, data: PackedData, where: str) -> None:
+        if data.left_out:
+            self.progress.say(
+                f"{data.left_out:,} of {len(data) + data.left_out:,} sequences{where} have no token that carries loss "
+                f"(--assistant-only) and are left out"
+            )
 
     def _find_resumption(self) -> Resumption | None:
         if self.out.newest is None:
@@ -190,6 +201,15 @@ class _Run:
                         "Go on with the same command and --resume (without --overwrite).",
                     )
 
+    def _save_model(self, training: Training, steps: int) -> None:
+        slidecore.synchronize(training.model)
+        _check_weights(training.model, steps)
+        with self.progress.stage("Saving"):
+            self.out.save_model(training.model, self.tokenizer)
+            self.saved = True
+        evaluated = [(m.step, m.eval_loss) for m in training.history if m.eval_loss is not None]
+        plot_loss(self.out.path / output.LOSS_PLOT, [m.loss for m in training.history], held_out=evaluated)
+
     def _save(self, training: Training) -> Path:
         began = time.monotonic()
         path = resuming.save(training, self.out.checkpoints, self.identity, self.tokenizer)
@@ -198,14 +218,20 @@ class _Run:
         return path
 
     def _lost(self) -> str:
-        taken = max(self.step - 1, self.kept)  # one was under way
+        if self.saved:
+            return f"the model was written to {self.out.path}"
+        taken = self.step if self.trained else max(self.step - 1, self.kept)  # one was under way
         if not taken:
-            return "nothing was trained yet"
+            return "nothing was trained yet, and no model was written"
         if not self.kept:
-            return f"the updates of {taken} steps are lost"
-        return f"the updates of {taken - self.kept} steps after the last checkpoint are lost"
+            return f"the updates of {taken} steps are lost, and no model was written"
+        if taken == self.kept:
+            return "no model was written, but every update is in a checkpoint"
+        return f"the updates of {taken - self.kept} steps after the last checkpoint are lost, and no model was written"
 
     def _what_is_left(self) -> str:
+        if self.saved:
+            return ""
         if self.kept:
             return f"--resume goes on after step {self.kept}, from {self.out.checkpoints}."
         return f"What was measured so far is in {self.out.path}." if self.step else ""
@@ -251,6 +277,33 @@ def _check_packages() -> None:
         except ImportError as error:
             raise MissingDependencyError(
                 f"{package} cannot be imported ({error})", "Run: pip install 'slidecore[finetune]'"
+            ) from error
+
+
+def _check_apart(options: Options) -> None:
+    """Below the data, what the run writes is left out of them; among the data it cannot be told from them."""
+    for name, data in (("--data", options.data), ("--eval-data", options.eval_data)):
+        if data is not None and data.resolve() == options.out.resolve():
+            raise InputError(
+                f"--out is the directory of {name}, {data}: what the run writes would be read as data when it goes on",
+                f"Give another --out, such as {data / 'out'}.",
+            )
+
+
+def _check_places(options: Options) -> None:
+    """The device and the directories of --disk, which are used only when the data have been read."""
+    try:
+        choose_device(options.device)
+    except UsageError as error:
+        raise InputError(f"--device: {error.message}", error.hint) from error
+    for directory in options.disk:
+        try:
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"cannot write to --disk {directory}: {error.strerror}",
+                "Give a directory that is there and that you may write to, on the drive to use.",
             ) from error
 
 

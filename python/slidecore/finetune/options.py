@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from slidecore.errors import InputError
 from slidecore.planes import Moments
+from slidecore.sizes import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,12 @@ class Options:
             neither.
         glob: files to take from a data directory, as a pattern such as "**/*.md"; None: every file that can be read.
         assistant_only: for chats, take the loss on the assistant's tokens only.
-        device: "auto", "cuda", "cuda:1", "hip" or "cpu" (the host backend).
+        device: "auto", "cuda" (also for AMD's cards, as in PyTorch), "cuda:1" or "cpu" (the host backend).
         device_memory: budget such as "20GiB", or bytes; None: what the device has.
         host_memory: budget of host memory such as "100GiB", or bytes; None: no limit, or what is available with `disk`.
         disk: directories for swap files, one on each drive.
         disk_memory: bytes that may lie there; None: what the drives have free.
+        gpu_direct: saved inputs go there past host memory, by cuFile.
         compute_dtype: "auto", "bfloat16" or "float32". "auto" is bfloat16 on a card, and on the host backend the one
             that this CPU multiplies faster.
         moments: what the optimizer's moments are kept in, "float32" or "8bit".
@@ -70,6 +72,7 @@ class Options:
     host_memory: str | int | None = None
     disk: tuple[Path, ...] = ()
     disk_memory: str | int | None = None
+    gpu_direct: bool = False
     compute_dtype: str = "auto"
     moments: str = "float32"
     window: int = 2
@@ -125,8 +128,17 @@ class Options:
         for holds, name, value, allowed in rules:
             if not holds:
                 raise InputError(f"{name} is {value}", f"It has to be {allowed}.")
+        for name in ("device_memory", "host_memory", "disk_memory"):
+            size = getattr(self, name)
+            try:
+                if size is not None:
+                    parse_size(size, f"--{name.replace('_', '-')}")
+            except ValueError as error:
+                raise InputError(str(error)) from error
         if self.disk_memory is not None and not self.disk:
             raise InputError("--disk-memory is given without --disk", "Say where the swap files go with --disk DIR.")
+        if self.gpu_direct and not self.disk:
+            raise InputError("--gpu-direct is given without --disk", "Say where the swap files go with --disk DIR.")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run, --overwrite replaces it", "Give one of the two.")
         if self.eval_fraction and self.eval_data is not None:
@@ -149,6 +161,7 @@ class Options:
             "host_memory": self.host_memory,
             "disk": list(self.disk) or None,
             "disk_memory": self.disk_memory,
+            "gpu_direct": self.gpu_direct,
             "moments": self.moments,
             "window": self.window,
             "micro_batch": self.micro_batch,

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from slidecore.checkpoints import latest_checkpoint
+from slidecore.checkpoints.directories import count_complete
 from slidecore.checkpoints.saving import write_model
 from slidecore.errors import InputError
 
 METRICS, LOSS_PLOT, TIMELINE_PLOT, TRACE = "metrics.jsonl", "loss.png", "timeline.png", "trace.json"
 CHECKPOINTS = "checkpoints"
+_FIGURES = (LOSS_PLOT, TIMELINE_PLOT, TRACE)
 SHARD_SIZE = "4GB"
 _SAVING, _SCRATCH = ".saving-", ".data-"
 
@@ -85,19 +87,40 @@ class OutputDirectory:
         except OSError:  # a file system without locks of directories
             pass
 
-    def check_space(self, nbytes: int) -> None:
-        """Raises InputError where less than `nbytes` are free."""
-        free = shutil.disk_usage(self.path).free
-        if free < nbytes:
+    def check_space(self, model_bytes: int, checkpoint_bytes: int, *, keep: int, saves: int) -> None:
+        """Raises InputError where the disk has too little space for the run.
+
+        Args:
+            model_bytes: of the weights that are written at the end.
+            checkpoint_bytes: of a checkpoint.
+            keep: how many checkpoints are kept. One more is there while the next is written.
+            saves: how often a checkpoint will be saved.
+        """
+        if self.newest is not None:
+            there = count_complete(
+                self.checkpoints
+            )  # which take a part of the places, one is removed for every new one
+            more, freed = min(saves, max(1, keep + 1 - there)), 0
+        else:
+            more, freed = min(saves, keep + 1), self._earlier_bytes()
+        needed = model_bytes + more * checkpoint_bytes
+        free = shutil.disk_usage(self.path).free + freed
+        if free < needed:
             raise InputError(
-                f"saving the model takes {nbytes / 2**30:.1f} GiB, but {self.path} has {free / 2**30:.1f} GiB free",
+                f"saving the model{f' and {more} checkpoints' if more else ''} takes {needed / 2**30:.1f} GiB, but "
+                f"{self.path} has {free / 2**30:.1f} GiB free",
                 "Free some space, or give an --out on another disk.",
             )
+
+    def _earlier_bytes(self) -> int:
+        """What `remove_earlier_run` will free."""
+        found = [*self.checkpoints.rglob("*"), *(self.path / name for name in _FIGURES)]
+        return sum(path.stat().st_blocks * 512 for path in found if path.is_file() and not path.is_symlink())
 
     def remove_earlier_run(self) -> None:
         """What this run may not replace, as it may trace no step, or stop on its way: figures and checkpoints."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for name in (LOSS_PLOT, TIMELINE_PLOT, TRACE):
+        for name in _FIGURES:
             (self.path / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager

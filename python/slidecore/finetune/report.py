@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ class StepMetrics:
         device_memory: bytes of device memory in use at the end of the step.
         host_memory: bytes of host memory in planes and buffers.
         seconds: duration of the step.
-        eval_loss: in nats per token of the held-out data, after this step; None where it was not taken.
+        eval_loss: in nats per token of the held-out data, after this step; None where it was not taken. After the last
+            step it may be infinite or NaN (in the file as Python's json writes these).
         grad_norm: of all gradients together before clipping; None without --max-grad-norm.
     """
 
@@ -51,7 +53,7 @@ class StepMetrics:
 class Summary:
     """How a run ended. `last_loss` is the mean of the last steps (up to ten); memory is in bytes.
 
-    `eval_loss` is that on held-out data at the end, None if there is none.
+    `eval_loss` is that on held-out data at the end, None if there is none. It may not be finite.
     """
 
     steps: int
@@ -166,6 +168,12 @@ def summary_lines(summary: Summary) -> list[str]:
     ordinary = summary.ordinary_training_bytes
     share = summary.device_memory_peak / ordinary if ordinary else 0.0
     held_out = f", {summary.eval_loss:.3f} on held-out data" if summary.eval_loss is not None else ""
+    warnings = []
+    if summary.eval_loss is not None and not math.isfinite(summary.eval_loss):
+        warnings.append(
+            f"WARNING        the loss on held-out data is {summary.eval_loss}: the model was written all the same, but "
+            f"look at it and at that data before using it"
+        )
     return [
         f"{summary.steps} steps in {format_seconds(summary.seconds)}",
         f"loss           {summary.first_loss:.3f} -> {summary.last_loss:.3f} nats per token{held_out}",
@@ -174,6 +182,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f"{format_bytes(ordinary)} for the same {summary.parameters:,} parameters ({share:.0%} of it)",
         f"model          {summary.out} (loads with AutoModelForCausalLM.from_pretrained)",
         f"figures        {', '.join(_written(summary.out))}",
+        *warnings,
     ]
 
 

@@ -19,6 +19,8 @@ from slidecore.finetune.report import StepMetrics
 from slidecore.finetune.training import Training
 
 _DATA = "the data"
+_ADDED = {"--max-grad-norm"}  # to what `identity_of` gives, since checkpoints were first saved
+_MAY_BE_NONE, _ABSENT = ("eval_loss", "grad_norm"), " is None"
 
 
 class Resumption:
@@ -48,7 +50,8 @@ class Resumption:
 
     def check(self, identity: dict[str, Any]) -> None:
         """Raises InputError naming the first option that is not that of the run to go on with."""
-        for name in [*identity, *self._identity]:
+        # What earlier versions did not write down cannot be compared.
+        for name in [name for name in identity if name not in _ADDED or name in self._identity] + [*self._identity]:
             mine, theirs = identity.get(name), self._identity.get(name)
             if mine != theirs:
                 raise InputError(
@@ -86,6 +89,7 @@ def identity_of(options: Options, steps: int, data: PackedData) -> dict[str, Any
         "the number of warm-up steps": options.warmup_steps(steps),
         "--weight-decay": options.weight_decay,
         "betas": list(options.betas),
+        "--max-grad-norm": options.max_grad_norm,
         "--moments": options.moments,
         "--seed": options.seed,
         "--assistant-only": options.assistant_only,
@@ -109,20 +113,29 @@ def save(training: Training, directory: Path, identity: dict[str, Any], tokenize
 
 
 def encode_history(history: list[StepMetrics]) -> dict[str, torch.Tensor]:
-    """The metrics as a float64 tensor for each field, NaN for what is None: a million steps are 64 MB."""
-    return {
-        field.name: torch.tensor(
-            [math.nan if (v := getattr(metrics, field.name)) is None else v for metrics in history], dtype=torch.float64
-        )
-        for field in fields(StepMetrics)
-    }
+    """The metrics as a float64 tensor for each field, and for those that may be None another that says where they are.
+
+    A million steps are 74 MB.
+    """
+    encoded: dict[str, torch.Tensor] = {}
+    for field in fields(StepMetrics):
+        values = [getattr(metrics, field.name) for metrics in history]
+        encoded[field.name] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
+        if field.name in _MAY_BE_NONE:
+            encoded[field.name + _ABSENT] = torch.tensor([value is None for value in values], dtype=torch.bool)
+    return encoded
 
 
 def decode_history(encoded: dict[str, torch.Tensor]) -> list[StepMetrics]:
     """The inverse of `encode_history`."""
     whole = {"step", "device_memory", "host_memory"}
-    columns = {
-        name: [None if math.isnan(v) else int(v) if name in whole else v for v in values.tolist()]
-        for name, values in encoded.items()
-    }
+    columns: dict[str, list[Any]] = {}
+    for name, values in encoded.items():
+        if name.endswith(_ABSENT):
+            continue
+        column = [int(value) if name in whole else value for value in values.tolist()]
+        if name in _MAY_BE_NONE:
+            absent = encoded.get(name + _ABSENT, values.isnan())  # earlier versions wrote NaN for None, and no more
+            column = [None if a else value for value, a in zip(column, absent.tolist(), strict=True)]
+        columns[name] = column
     return [StepMetrics(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]

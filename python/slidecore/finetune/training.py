@@ -70,7 +70,8 @@ class Training:
 
         Where it is due, the loss on what was held out is taken afterwards.
 
-        Raises TrainingError where the loss is not finite; the weights have not been touched by that step.
+        Raises TrainingError where the loss is not finite, and the weights have not been touched by that step; or where
+        that on held-out data is not, and there are steps left to save.
         """
         began = time.perf_counter()
         if number == self.options.trace_step:
@@ -131,7 +132,8 @@ class Training:
         if self.held_out is None or not due:
             return None
         loss = evaluate(self.model, self.held_out, self.options.batch_size, self._stopping)
-        if loss is not None and not math.isfinite(loss):
+        # After the last step there is nothing left to stop: whether the model is worth anything is for others to say.
+        if loss is not None and not math.isfinite(loss) and number < self._total:
             raise TrainingError(
                 f"the loss on held-out data became {loss} after step {number}; the run stopped and no model was "
                 f"written",

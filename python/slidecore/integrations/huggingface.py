@@ -1,4 +1,4 @@
-"""Hugging Face models: no key-value cache while training, and the head without its logits.
+"""Hugging Face models: no key-value cache while training, the head without its logits, and saving as a stream.
 
 Nothing here goes by a model's name: it looks at the methods that `transformers.PreTrainedModel` defines.
 """
@@ -51,6 +51,10 @@ def attach(model: nn.Module, engine: Engine) -> None:
     """Adapts the models of transformers that `model` is or holds."""
     for part in pretrained_models(model):
         _attach(part, engine)
+        if part is model:
+            from slidecore.checkpoints import pretrained  # which imports this module
+
+            pretrained.attach(model, engine)
 
 
 def _attach(model: nn.Module, engine: Engine) -> None:

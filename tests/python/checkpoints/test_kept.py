@@ -122,7 +122,12 @@ def test_adapters_of_peft(inside: bool, offload: Offload, tmp_path: Path) -> Non
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.2)
         if inside:
-            model.add_adapter(config)
+            try:
+                model.add_adapter(config)
+            except ValueError as error:
+                if "version of PEFT" not in str(error):
+                    raise
+                pytest.skip(f"this transformers does not take this PEFT: {error}")
         else:
             model = peft.get_peft_model(model, config)
         offload(model.train(), compute_dtype=torch.bfloat16)

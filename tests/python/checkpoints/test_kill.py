@@ -12,13 +12,17 @@ import slidecore
 
 # SLIDECORE_KILLS=1000 for a night; each takes a fraction of a second.
 KILLS = int(os.environ.get("SLIDECORE_KILLS", "50"))
+# On a machine so busy that the time runs out there may be fewer, but not so few that passing says nothing: two busy
+# cores make 50 in half a minute.
+LEAST = (KILLS + 1) // 2
+SECONDS = max(90, KILLS)
 
 
 def test_a_run_survives_being_killed_at_random_moments(tmp_path: Path) -> None:
     package = Path(next(iter(slidecore.__path__))).parent
     paths = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     answer = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "_killed.py"), str(tmp_path), str(KILLS), str(max(90, KILLS))],
+        [sys.executable, str(Path(__file__).parent / "_killed.py"), str(tmp_path), str(KILLS), str(SECONDS)],
         capture_output=True,
         text=True,
         timeout=200 + 2 * KILLS,
@@ -27,6 +31,6 @@ def test_a_run_survives_being_killed_at_random_moments(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     counted = json.loads(answer.stdout)
     print(counted)
-    # On a machine so busy that time ran out, fewer; every one that was made has been checked.
-    assert counted["kills"] == KILLS or counted["seconds"] >= 90, counted
+    assert counted["kills"] == KILLS or counted["seconds"] >= SECONDS, counted
+    assert counted["kills"] >= LEAST, f"fewer than {LEAST} of {KILLS} kills: {counted}"
     assert counted["while saving"] + counted["while publishing"] > 0, counted

@@ -140,6 +140,54 @@ def test_moments_of_another_format_are_refused(saved: Path, offload: Offload) ->
     refuse(run, saved, "exp_avg plane of .* was saved as .*float32, the model has .*int8")
 
 
+@pytest.mark.parametrize(
+    ("saved_with", "loaded_with", "message"),
+    [
+        ({"max_grad_norm": 0.5}, {"max_grad_norm": 2}, r"max_grad_norm is 2\.0, but in the run .* is 0\.5"),
+        ({"max_grad_norm": 0.5}, {}, r"max_grad_norm is None, .* is 0\.5.*max_grad_norm=0\.5"),
+        ({}, {"skip_nonfinite": True}, "skip_nonfinite is True, .* is False"),
+    ],
+)
+def test_another_clipping_is_refused_and_may_be_set_afterwards(
+    saved_with: dict[str, Any], loaded_with: dict[str, Any], message: str, offload: Offload, tmp_path: Path
+) -> None:
+    run = Run(Stack(), offload, optimizer={"update": "deferred", **saved_with})
+    run.train(batches_for(run.model, 2))
+    run.save(tmp_path / "c")
+    other = Run(Stack(seed=1), offload, optimizer={"update": "deferred", **loaded_with})
+    before = other.state()
+    with pytest.raises(CheckpointError, match=message):
+        other.load(tmp_path / "c")
+    assert differences(other.state(), before) == []
+    for name in ("max_grad_norm", "skip_nonfinite"):
+        setattr(other.optimizer, name, getattr(run.optimizer, name))
+    other.load(tmp_path / "c")
+    assert differences(other.state(), run.state()) == []
+    for name, value in loaded_with.items():
+        setattr(other.optimizer, name, value)
+    other.train(batches_for(other.model, 1))
+
+
+def test_checkpoints_from_before_clipping_was_saved_are_read(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slidecore.checkpoints import state
+
+    run = Run(Stack(), offload, optimizer={"max_grad_norm": 0.5})
+    collect = state._optimizer_state
+
+    def earlier(*arguments: Any) -> dict[str, Any]:
+        return {name: value for name, value in collect(*arguments).items() if name != "settings"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_optimizer_state", earlier)
+        run.save(tmp_path / "c")
+    other = Run(Stack(seed=1), offload, optimizer={"max_grad_norm": 2.0})
+    other.load(tmp_path / "c")
+    assert differences(other.state(), run.state()) == []
+    assert other.optimizer.max_grad_norm == 2.0
+
+
 def test_a_scheduler_that_was_not_saved_is_refused(offload: Offload, tmp_path: Path) -> None:
     run = Run(Stack(), offload, schedule=steps)
     run.save(tmp_path / "c", scheduler=None)
@@ -259,6 +307,40 @@ def test_nothing_is_replaced_unasked(offload: Offload, tmp_path: Path) -> None:
             run.save(target, overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "file", "mine"]
+
+
+def test_through_a_link_what_it_points_to_is_replaced(offload: Offload, tmp_path: Path) -> None:
+    run = Run(Stack(), offload)
+    run.save(tmp_path / "there" / "step-1")
+    for name, target in (("latest", "there/step-1"), ("new", "there/step-2"), ("itself", "itself")):
+        (tmp_path / name).symlink_to(target)
+    run.train(batches_for(run.model, 1))
+    with pytest.raises(CheckpointError, match=r"there is a checkpoint at .*step-1"):
+        run.save(tmp_path / "latest")
+    assert run.save(tmp_path / "latest", overwrite=True) == tmp_path / "latest"
+    run.save(tmp_path / "new")
+    with pytest.raises(CheckpointError, match=r"cannot save at .*itself"):
+        run.save(tmp_path / "itself")
+    assert all((tmp_path / name).is_symlink() for name in ("latest", "new", "itself"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["itself", "latest", "new", "there"]
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["step-1", "step-2"]
+    other = Run(Stack(seed=1), offload)
+    for name in ("latest", "new", "there/step-1"):
+        other.load(tmp_path / name)
+        assert differences(other.state(), run.state()) == []
+
+
+def test_names_that_no_file_can_have_are_refused(offload: Offload, tmp_path: Path) -> None:
+    run = Run(Stack(), offload)
+    for name in ("a\0b", "n" * 256, "n" * 256 + "/step-1", "a\0b/step-1"):
+        for call in (run.save, run.load, lambda path: slidecore.latest_checkpoint(path)):
+            with pytest.raises(CheckpointError):
+                call(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    # But every name that one can.
+    for number in range(1, 4):
+        run.save(tmp_path / ("é" * 127 + str(number)), keep=1)
+    assert [path.name[-1] for path in tmp_path.iterdir()] == ["3"]
 
 
 def test_leftovers_of_killed_saves_go_and_saves_under_way_stay(offload: Offload, tmp_path: Path) -> None:

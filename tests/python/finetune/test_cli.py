@@ -123,9 +123,12 @@ def _out_below_a_file(arguments: Arguments) -> None:
         (_set(micro_batch="²"), "--micro-batch is ²"),
         (_set(compute_dtype="float16"), "--compute-dtype is float16"),
         (_set(moments="4bit"), "--moments is 4bit"),
-        (_set(device="abacus"), "cannot offload the model"),
+        (_set(device="abacus"), "--device: device='abacus' is not supported"),
+        (_set(device="cuda:99"), "--device: device='cuda:99'"),
         (_set(device_memory="1KiB"), "cannot offload the model"),
-        (_set(device_memory="lots"), "cannot offload the model"),
+        (_set(device_memory="lots"), "--device-memory='lots' is not a size"),
+        (_set(host_memory="7Gi"), "--host-memory='7Gi' is not a size; units are"),
+        (_set(disk="/nowhere"), "cannot write to --disk /nowhere: No such file"),
         (_out_below_a_file, "cannot write to"),
     ],
 )
@@ -146,6 +149,21 @@ def test_bad_input_exits_with_2_and_says_why(
     assert error.startswith("error: ")
     assert len(error.splitlines()) <= 2
     assert not (Path(arguments["out"]) / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"device": "tpu"}, {"device-memory": "7Gi"}, {"host-memory": "x"}, {"disk": "/dev/null"},
+        {"disk": "/nowhere"}, {"model": "/nowhere"}, {"data": "/nowhere"}, {"eval-data": "/nowhere"},
+    ],
+)  # fmt: skip
+def test_what_needs_no_data_is_found_before_they_are_read(
+    bad: Arguments, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "pack", lambda *_, **__: pytest.fail("the data were read"))
+    assert _run({**arguments, **bad}) == 2
+    assert not arguments["out"].exists()
 
 
 @pytest.mark.parametrize("name", ["model", "data"])

@@ -137,6 +137,7 @@ def test_assistant_only_takes_the_loss_where_the_template_says(chat_tokenizer: A
     stream = [token if kept else -100 for text, kept in parts for token in text.encode()]
     stream += [-100, *b"plain", END]
     cut = [stream[i : i + 11] for i in range(0, len(stream) - 10, 11)]
+    cut = [row for row in cut if set(row[1:]) != {-100}]
     assert _rows(packed, "labels") == cut
     batch = packed.batch(0, len(cut), seed=5)
     assert sorted(batch["labels"].tolist()) == sorted(cut)
@@ -170,6 +171,9 @@ def test_directories_are_searched_without_hidden_and_binary_files(tmp_path: Path
     assert [path.name for path in files.parquet] == ["e.parquet"]
     assert [path.name for path in files.skipped] == ["image.png", "latin.txt"]
     assert [path.name for path in find_files(tmp_path, "*.txt").text] == ["z.txt"]
+    assert [path.name for path in find_files(tmp_path, but=tmp_path / "a").text] == ["z.txt"]
+    for elsewhere in (tmp_path, tmp_path.parent, tmp_path / "z", Path("/nowhere")):
+        assert [path.name for path in find_files(tmp_path, but=elsewhere).text] == ["b.md", "z.txt"]
 
 
 def _write(path: Path, content: bytes | str) -> Path:
@@ -244,3 +248,38 @@ def test_a_tokenizer_without_an_end_is_a_clear_error(tokenizer: Any, tmp_path: P
     (tmp_path / "a.txt").write_text("some text")
     with pytest.raises(InputError, match="no end-of-sequence token"):
         _pack(tmp_path / "a.txt", tokenizer, tmp_path / "cache")
+
+
+def _chats(path: Path, *turns: tuple[str, str]) -> Path:
+    path.write_text("".join(json.dumps({"messages": [{"role": r, "content": c}]}) + "\n" for r, c in turns))
+    return path
+
+
+def test_sequences_without_loss_are_left_out_and_counted(chat_tokenizer: Any, tmp_path: Path) -> None:
+    # Of 7 tokens for the role, the content, one mark and the end: the user's 16, the assistant's 12 and 4, the user's.
+    source = _chats(tmp_path / "a.jsonl", ("user", "u" * 15), ("assistant", "yes"), ("user", "u" * 31))
+    everything = _pack(source, chat_tokenizer, tmp_path / "c1", 8)
+    assert everything.left_out == 0
+    packed = _pack(source, chat_tokenizer, tmp_path / "c2", 8, assistant_only=True)
+    carrying = [row for row in _rows(everything) if b"yes" in bytes(t for t in row if t < 256)]
+    assert _rows(packed) == carrying
+    assert 0 < len(packed) < len(everything)
+    assert packed.left_out == len(everything) - len(packed)
+    assert packed.tokens == everything.tokens
+    assert all((packed.batch(step, 1, 0)["labels"][:, 1:] != -100).any() for step in range(len(packed)))
+
+
+def test_a_label_that_nothing_predicts_is_no_loss(chat_tokenizer: Any, tmp_path: Path) -> None:
+    # "<assistant>" is not marked, so that the answer's only token, "|", begins the second of two sequences.
+    source = _chats(tmp_path / "a.jsonl", ("assistant", ""), ("user", "u" * 20))
+    with pytest.raises(InputError, match="no token of the data carries loss"):
+        _pack(source, chat_tokenizer, tmp_path / "c1", len("<assistant>"), assistant_only=True)
+    packed = _pack(source, chat_tokenizer, tmp_path / "c2", len("<assistant>|"), assistant_only=True)
+    assert len(packed) == 1
+
+
+def test_data_without_any_loss_is_a_clear_error(chat_tokenizer: Any, tmp_path: Path) -> None:
+    source = _chats(tmp_path / "a.jsonl", *[("user", "u" * 30)] * 3)
+    with pytest.raises(InputError, match="no token of the data carries loss") as error:
+        _pack(source, chat_tokenizer, tmp_path / "cache", assistant_only=True)
+    assert "--assistant-only" in error.value.hint

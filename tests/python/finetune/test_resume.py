@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -20,7 +21,7 @@ from slidecore.errors import InputError, InterruptedRunError, TerminatedRunError
 from slidecore.finetune import loop, output, resuming
 from slidecore.finetune.data import find_files, pack
 from slidecore.finetune.options import Options
-from slidecore.finetune.report import StepMetrics
+from slidecore.finetune.report import StepMetrics, summary_lines
 
 
 @pytest.fixture
@@ -187,6 +188,77 @@ def test_a_signal_in_the_last_step_lets_the_run_end(options: Options, monkeypatc
     assert (options.out / "config.json").exists()
 
 
+def in_the_save(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
+    """Runs `action` when the first part of the model has been written."""
+    save = output.write_model
+
+    def acting(model: Any, directory: Path, **options: Any) -> None:
+        (directory / "model.safetensors.part").write_bytes(b"half")
+        action()
+        (directory / "model.safetensors.part").unlink()
+        save(model, directory, **options)
+
+    monkeypatch.setattr(output, "write_model", acting)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["save", "weights"])
+def test_a_signal_while_the_model_is_saved_lets_the_run_end(
+    where: str,
+    number: signal.Signals,
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def sent(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+
+    if where == "save":
+        in_the_save(monkeypatch, sent)
+    else:
+        monkeypatch.setattr(loop, "_check_weights", sent)
+    assert loop.run(dataclasses.replace(options, save_every=0)).steps == 6
+    assert "saving the model; once more to stop at once" in capsys.readouterr().out
+    assert transformers.AutoModelForCausalLM.from_pretrained(options.out).config.hidden_size == 32
+    assert (options.out / output.LOSS_PLOT).exists()
+
+
+@pytest.mark.parametrize(
+    ("every", "message", "hint"),
+    [
+        (0, "interrupted; the updates of 6 steps are lost, and no model was written", "What was measured"),
+        (4, "the updates of 2 steps after the last checkpoint are lost", "--resume goes on after step 4"),
+        (2, "no model was written, but every update is in a checkpoint", "--resume goes on after step 6"),
+    ],
+)
+def test_a_second_signal_while_the_model_is_saved_stops_at_once(
+    every: int, message: str, hint: str, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_the_save(monkeypatch, twice)
+    with pytest.raises(TerminatedRunError, match=message) as error:
+        loop.run(dataclasses.replace(options, save_every=every))
+    assert hint in error.value.hint
+    assert not (options.out / "config.json").exists()
+    assert not list(options.out.rglob(".*"))
+
+
+def test_a_second_signal_after_the_save_says_that_there_is_a_model(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "plot_loss", twice)
+    with pytest.raises(InterruptedRunError, match="interrupted; the model was written to"):
+        loop.run(options)
+    assert (options.out / "config.json").exists()
+
+
 def test_the_command_returns_the_exit_code_of_the_signal(
     options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +304,7 @@ def stopped(options: Options, monkeypatch: pytest.MonkeyPatch) -> Options:
         ({"warmup": 3}, "warm-up steps is 3"),
         ({"weight_decay": 0.0}, "--weight-decay is 0.0"),
         ({"seed": 5}, "--seed is 5"),
+        ({"max_grad_norm": 0.5}, r"--max-grad-norm is 0\.5, but the run saved in .*step-000002 has None"),
         ({"moments": "8bit"}, "--moments is 8bit"),
         ({"sequence_length": 16}, "--sequence-length is 16"),
         ({"eval_fraction": 0.2}, "--eval-fraction is 0.2"),
@@ -252,6 +325,39 @@ def test_other_data_are_noticed(stopped: Options) -> None:
     stopped.data.write_text(text.replace("line 7:", "line 8:"))
     with pytest.raises(InputError, match="the data is not that of the run"):
         loop.run(stopped)
+
+
+def test_a_run_that_writes_below_its_data_does_not_read_itself(
+    options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.move(options.data, data / "a.txt")
+    whole = whole_run(dataclasses.replace(options, data=data))
+    # As a shell may give them: the same places by other ways.
+    (tmp_path / "link").symlink_to(data, target_is_directory=True)
+    inside = dataclasses.replace(options, data=tmp_path / "link", out=data / "runs" / ".." / "out")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: pytest.fail("on purpose"))
+        with pytest.raises(pytest.fail.Exception):
+            loop.run(inside)
+    assert (data / "out" / output.METRICS).is_file()
+    (data / "out2.txt").touch()  # whose name begins alike
+    loop.run(dataclasses.replace(inside, resume=True))
+    assert same_models(data / "out", whole)
+    with pytest.raises(InputError, match="--out is the directory of --data"):
+        loop.run(dataclasses.replace(options, data=data, out=data, overwrite=True))
+
+
+def test_what_earlier_versions_did_not_write_down_is_not_compared(options: Options) -> None:
+    identity = {"--lr": options.lr, "--max-grad-norm": 1.0}
+    resumption = object.__new__(resuming.Resumption)
+    resumption.path = Path("somewhere")
+    resumption._identity = {"--lr": options.lr}
+    resumption.check(identity)
+    resumption._identity = {"--lr": options.lr, "--max-grad-norm": 2.0}
+    with pytest.raises(InputError, match=r"--max-grad-norm is 1\.0, but .* has 2\.0"):
+        resumption.check(identity)
 
 
 def test_what_does_not_change_the_arithmetic_may_change(stopped: Options) -> None:
@@ -329,6 +435,43 @@ def test_a_full_disk_at_a_checkpoint_says_where_to_go_on(options: Options, monke
     assert names(options.out / output.CHECKPOINTS) == ["step-000002"]
 
 
+@pytest.mark.parametrize(
+    ("there", "saves", "more"),
+    [(0, 9, 3), (1, 9, 2), (2, 9, 1), (5, 9, 1), (0, 2, 2), (1, 1, 1), (2, 0, 0)],
+)
+def test_space_is_asked_for_what_is_not_there_yet(
+    there: int, saves: int, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = output.OutputDirectory(tmp_path / "out", resume=True)
+    out.newest = tmp_path / "out" / "checkpoints" / "step-000001"
+    monkeypatch.setattr(output, "count_complete", lambda _: there)
+    usage = type("Usage", (), {"free": 1000 + more * 12000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    out.check_space(1000, 12000, keep=2, saves=saves)
+    usage.free -= 1
+    with pytest.raises(InputError, match="GiB free"):
+        out.check_space(1000, 12000, keep=2, saves=saves)
+
+
+def test_space_of_a_run_that_is_replaced_counts(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop.run(options)
+    files = [path for path in (options.out / output.CHECKPOINTS).rglob("*") if path.is_file()]
+    nbytes = sum(path.stat().st_blocks * 512 for path in files)
+    assert nbytes > 0
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    out = output.OutputDirectory(options.out, overwrite=True)
+    out.check_space(nbytes, 0, keep=2, saves=0)
+    with pytest.raises(InputError, match="GiB free"):
+        out.check_space(nbytes + (1 << 20), 0, keep=2, saves=0)
+    # Not one that is gone on with: its two checkpoints are only places that need not be found again.
+    out.release()
+    resumed = output.OutputDirectory(options.out, resume=True)
+    resumed.check_space(0, nbytes, keep=2, saves=0)
+    with pytest.raises(InputError, match="and 1 checkpoints takes"):
+        resumed.check_space(0, nbytes, keep=2, saves=9)
+    resumed.release()
+
+
 # --- evaluation
 
 
@@ -397,6 +540,47 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(options: Options, monkey
         loop.run(options)
 
 
+def test_after_the_last_step_it_is_said_and_the_model_is_written(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slidecore.finetune.training.evaluate", lambda *_: math.nan)
+    summary = loop.run(dataclasses.replace(options, eval_every=0))
+    assert same_models(options.out, options.out / output.CHECKPOINTS / "step-000006")
+    assert summary.eval_loss is not None
+    assert math.isnan(summary.eval_loss)
+    assert "WARNING" in summary_lines(summary)[-1]
+    assert "on held-out data is nan" in summary_lines(summary)[-1]
+    assert math.isnan(lines(options.out)[-1]["eval_loss"])
+    assert [line["eval_loss"] for line in lines(options.out)[:-1]] == [None] * 5
+    # As it was when the ended run is resumed.
+    again = loop.run(dataclasses.replace(options, eval_every=0, resume=True))
+    assert again.eval_loss is not None
+    assert math.isnan(again.eval_loss)
+
+
+def test_held_out_data_without_loss_is_refused_before_training(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    template += "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    (options.model / "chat_template.jinja").write_text(template)
+    user, assistant = ({"role": role, "content": text * 60} for role, text in (("user", "u"), ("assistant", "yes ")))
+    for name, messages in (("train", [user, assistant]), ("held", [user])):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 5)
+    chats = dataclasses.replace(
+        options, data=tmp_path / "train.jsonl", assistant_only=True, eval_fraction=0.0, batch_size=1, steps=8
+    )
+    monkeypatch.setattr(loop, "_load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError, match="--eval-data: no token of the data carries loss"):
+        loop.run(dataclasses.replace(chats, eval_data=tmp_path / "held.jsonl"))
+    monkeypatch.undo()
+    capsys.readouterr()
+    # Of the training data, what has none is left out: a batch of it alone would have no loss.
+    loop.run(dataclasses.replace(chats, eval_data=tmp_path / "train.jsonl"))
+    assert re.search(r"1\d of \d\d sequences have no token that carries loss", capsys.readouterr().out)
+    assert all(math.isfinite(line["loss"]) for line in lines(chats.out))
+
+
 def test_metrics_survive_their_way_through_a_checkpoint() -> None:
     history = [
         StepMetrics(1, 0.1, 1e-300, 3.3, 2**45 + 1, 7, 0.25, None),
@@ -404,3 +588,9 @@ def test_metrics_survive_their_way_through_a_checkpoint() -> None:
     ]
     assert resuming.decode_history(resuming.encode_history(history)) == history
     assert resuming.decode_history(resuming.encode_history([])) == []
+    (ended,) = resuming.decode_history(resuming.encode_history([dataclasses.replace(history[0], eval_loss=math.nan)]))
+    assert ended.eval_loss is not None
+    assert math.isnan(ended.eval_loss)
+    # Of earlier versions, which had NaN for None.
+    earlier = {name: values for name, values in resuming.encode_history(history).items() if "is None" not in name}
+    assert resuming.decode_history(earlier) == history
