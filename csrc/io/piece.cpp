@@ -75,7 +75,9 @@ void Execution::begin(const Piece& piece) {
   begin_ = piece.offset - head;
   span_ = (head + piece.bytes + unit - 1) / unit * unit;
   writing_ = piece.transfer->write && !piece.merged;
-  if (piece.transfer->write && !piece.transfer->looked.exchange(true)) check_files();
+  if (piece.transfer->write && !piece.transfer->looked.exchange(true)) {
+    storage_.check_files(true, *piece.transfer->region);
+  }
   memory_ = piece.bounced ? bounce_.make(span_) : piece.memory;
   if (piece.bounced) {
     bounced_bytes += piece.bytes;
@@ -138,18 +140,8 @@ Execution::Next Execution::complete(long result) {
   }
   if (piece_.bounced) std::memcpy(piece_.memory, wanted, piece_.bytes);
   bounce_.free();
-  if (piece_.transfer->unread.fetch_sub(1) == 1) check_files();
+  if (piece_.transfer->unread.fetch_sub(1) == 1) storage_.check_files(false, *piece_.transfer->region);
   return Next::done;
-}
-
-// Of all drives: what another one has lost will not be trained on either.
-void Execution::check_files() const {
-  for (const auto& file : storage_.files) {
-    const std::string why = file->why_not_whole();
-    if (why.empty()) continue;
-    throw Error(Code::io, std::string(piece_.transfer->write ? "writing" : "reading") + " '" +
-                              piece_.transfer->region->name() + "' failed: " + why);
-  }
 }
 
 // A read of less than a block says that the file ends inside of it, or nothing.

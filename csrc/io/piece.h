@@ -88,7 +88,6 @@ class Execution {
  private:
   [[noreturn]] void fail(const std::string& reason) const;
   void check_length(std::size_t moved) const;
-  void check_files() const;
   void progress();
   bool patient() const { return Clock::now() - last_progress_ < patience_; }
 

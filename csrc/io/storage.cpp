@@ -122,6 +122,14 @@ void Storage::Impl::check_space(std::uint64_t file_bytes) const {
   if (short_of) throw Error(Code::io, text + " free space there, give other or more directories, or offload less");
 }
 
+void Storage::Impl::check_files(bool write, const Region& region) const {
+  for (const auto& file : files) {
+    const std::string why = file->why_not_whole();
+    if (why.empty()) continue;
+    throw Error(Code::io, std::string(write ? "writing" : "reading") + " '" + region.name() + "' failed: " + why);
+  }
+}
+
 void Storage::Impl::grow(std::uint64_t wanted) {
   if (wanted <= capacity) return;
   const std::uint64_t row = stripe * files.size();

@@ -28,6 +28,9 @@ struct Storage::Impl {
   void grow(std::uint64_t capacity);  // needs the mutex
   void trim();
   void check_space(std::uint64_t file_bytes) const;
+  // Throws Error(io) if a file has been truncated, whichever a transfer of this region uses: what another one has lost
+  // is not to be trained on either. To be asked before writing, and after reading.
+  void check_files(bool write, const Region& region) const;
   void remove_files() noexcept;
   std::string describe() const;
 
