@@ -155,7 +155,7 @@ def test_doctor_says_what_to_do_about_each_failure(
     def fail(*_: object) -> list[machine_checks.Check]:
         raise OSError("forbidden by a test")
 
-    for name in ("pinned_memory", "memory_lock_limit", "memory_nodes", "io_uring"):
+    for name in ("pinned_memory", "memory_lock_limit", "memory_nodes", "io_uring", "gpu_direct"):
         monkeypatch.setattr(machine_checks, name, fail)
     assert main(["doctor", "--json", "--quick", "/proc", directory]) == 1
     checks = json.loads(capsys.readouterr().out)["checks"]
