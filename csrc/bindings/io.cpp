@@ -93,6 +93,8 @@ void bind_storage(py::module_& m) {
             return std::const_pointer_cast<Region>(s.get().allocate(name, bytes));
           },
           py::arg("name"), py::arg("nbytes"), ReleaseGil())
+      .def(
+          "trim", [](const StorageHandle& s) { s.get().trim(); }, ReleaseGil())
       .def_property_readonly("reserved_bytes", [](const StorageHandle& s) { return s.get().reserved_bytes(); })
       .def_property_readonly("allocated_bytes", [](const StorageHandle& s) { return s.get().allocated_bytes(); })
       .def_property_readonly("alignment", [](const StorageHandle& s) { return s.get().alignment(); })

@@ -11,7 +11,6 @@
 namespace slidecore::io {
 
 struct BackendSettings {
-  std::size_t block_bytes;
   std::size_t queue_depth;
   double patience_s;
 };

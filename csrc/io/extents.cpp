@@ -41,4 +41,12 @@ std::uint64_t Extents::free_at_end(std::uint64_t end) const {
   return begin + bytes == end ? bytes : 0;
 }
 
+void Extents::cut_end(std::uint64_t bytes) {
+  if (bytes == 0) return;
+  const auto last = std::prev(ranges_.end());
+  free_ -= bytes;
+  last->second -= bytes;
+  if (last->second == 0) ranges_.erase(last);
+}
+
 }  // namespace slidecore::io

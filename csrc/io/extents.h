@@ -14,6 +14,8 @@ class Extents {
   void give(std::uint64_t begin, std::uint64_t bytes);  // what was taken, or space that is new
   // Free bytes that end at `end`: what growing there would add to.
   std::uint64_t free_at_end(std::uint64_t end) const;
+  // Takes `bytes`, which are free, from there: they are no part of the space any more.
+  void cut_end(std::uint64_t bytes);
   std::uint64_t free_bytes() const { return free_; }
 
  private:

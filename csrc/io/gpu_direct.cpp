@@ -123,6 +123,7 @@ void GpuDirect::Impl::fail(bool write, const Region& region, std::size_t drive, 
 }
 
 void GpuDirect::Impl::transfer(bool write, const Region& region, char* memory, std::size_t bytes) {
+  if (write) files.check_files(true, region);
   const std::size_t whole = bytes - bytes % files.unit;
   std::vector<std::vector<Extent>> extents(files.files.size());
   for (std::size_t at = 0; at < whole;) {
@@ -151,6 +152,7 @@ void GpuDirect::Impl::transfer(bool write, const Region& region, char* memory, s
   for (const std::exception_ptr& failure : failures) {
     if (failure != nullptr) std::rethrow_exception(failure);
   }
+  if (!write) files.check_files(false, region);
 }
 
 void GpuDirect::Impl::transfer_extent(bool write, std::size_t drive, const Region& region, char* memory,

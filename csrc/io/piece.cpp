@@ -1,5 +1,7 @@
 #include "io/piece.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
@@ -43,18 +45,28 @@ std::vector<Piece> split(const Storage::Impl& storage, const Region& region, boo
   return pieces;
 }
 
-char* Bounce::data() {
-  if (data_ == nullptr) {
-    const std::size_t whole = (bytes_ + kAssumedAlignment - 1) / kAssumedAlignment * kAssumedAlignment;
-    data_.reset(static_cast<char*>(std::aligned_alloc(kAssumedAlignment, whole)));
-    if (data_ == nullptr) throw Error(Code::out_of_memory, "no memory for a bounce buffer of " + size_text(whole));
-  }
-  return data_.get();
+void Bounce::Unmap::operator()(char* data) const {
+  ::munmap(data, bytes);
 }
 
-Execution::Execution(const Storage::Impl& storage, std::size_t block_bytes, double patience_s)
+char* Bounce::make(std::size_t bytes) {
+  char* data = nullptr;
+  if (bytes <= kAssumedAlignment) {
+    if (page_ == nullptr) page_.reset(static_cast<char*>(std::aligned_alloc(kAssumedAlignment, kAssumedAlignment)));
+    data = page_.get();
+  } else {
+    mapped_.reset();
+    void* const mapped =
+        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (mapped != MAP_FAILED) mapped_ = {static_cast<char*>(mapped), Unmap{bytes}};
+    data = mapped_.get();
+  }
+  if (data == nullptr) throw Error(Code::out_of_memory, "no memory for a bounce buffer of " + size_text(bytes));
+  return data;
+}
+
+Execution::Execution(const Storage::Impl& storage, double patience_s)
     : storage_(storage),
-      bounce_(block_bytes),
       patience_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(patience_s))) {}
 
 void Execution::begin(const Piece& piece) {
@@ -63,7 +75,10 @@ void Execution::begin(const Piece& piece) {
   begin_ = piece.offset - head;
   span_ = (head + piece.bytes + unit - 1) / unit * unit;
   writing_ = piece.transfer->write && !piece.merged;
-  memory_ = piece.bounced ? bounce_.data() : piece.memory;
+  if (piece.transfer->write && !piece.transfer->looked.exchange(true)) {
+    storage_.check_files(true, *piece.transfer->region);
+  }
+  memory_ = piece.bounced ? bounce_.make(span_) : piece.memory;
   if (piece.bounced) {
     bounced_bytes += piece.bytes;
     if (writing_) {  // not merged: begins at a unit
@@ -111,7 +126,10 @@ Execution::Next Execution::complete(long result) {
     delay_ = std::clamp(delay_ * 2, kFirstDelay, kLongestDelay);
     return Next::request_later;
   }
-  if (writing_) return Next::done;
+  if (writing_) {
+    bounce_.free();
+    return Next::done;
+  }
   char* wanted = memory_ + piece_.offset % storage_.unit;
   if (piece_.merged) {
     std::memcpy(wanted, piece_.memory, piece_.bytes);
@@ -121,6 +139,8 @@ Execution::Next Execution::complete(long result) {
     return Next::request;
   }
   if (piece_.bounced) std::memcpy(piece_.memory, wanted, piece_.bytes);
+  bounce_.free();
+  if (piece_.transfer->unread.fetch_sub(1) == 1) storage_.check_files(false, *piece_.transfer->region);
   return Next::done;
 }
 

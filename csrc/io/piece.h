@@ -2,6 +2,7 @@
 // A piece of a transfer: what one request moves, and how it gets on from result to result. Both backends share it, so
 // that they differ in nothing but how requests reach the kernel.
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -22,6 +23,9 @@ struct Transfer {
   std::uint64_t bytes = 0;
   std::size_t pieces_left = 0;
   std::optional<std::chrono::steady_clock::time_point> began;  // set while somebody observes
+  // Files are looked at once for each transfer: before it writes, and after it has read.
+  std::atomic<bool> looked{false};
+  std::atomic<std::size_t> unread{0};  // pieces
 };
 
 struct Piece {
@@ -39,15 +43,23 @@ struct Piece {
 std::vector<Piece> split(const Storage::Impl& storage, const Region& region, bool write, std::uint64_t offset,
                          char* memory, std::size_t bytes, std::size_t block_bytes);
 
-// Page-aligned, made at first use.
+// Page-aligned memory of one piece. No budget counts it, so more than a page goes back to the kernel with the piece
+// (the allocator would keep it).
 class Bounce {
  public:
-  explicit Bounce(std::size_t bytes) : bytes_(bytes), data_(nullptr, &std::free) {}
-  char* data();
+  char* make(std::size_t bytes);
+  void free() { mapped_.reset(); }
 
  private:
-  std::size_t bytes_;
-  std::unique_ptr<char, decltype(&std::free)> data_;
+  struct Unmap {
+    std::size_t bytes;
+    void operator()(char* data) const;
+  };
+  struct Free {
+    void operator()(char* data) const { std::free(data); }
+  };
+  std::unique_ptr<char, Free> page_;
+  std::unique_ptr<char, Unmap> mapped_;
 };
 
 struct Request {
@@ -63,7 +75,7 @@ class Execution {
   using Clock = std::chrono::steady_clock;
   enum class Next { request, request_later, done };
 
-  Execution(const Storage::Impl& storage, std::size_t block_bytes, double patience_s);
+  Execution(const Storage::Impl& storage, double patience_s);
   void begin(const Piece& piece);
   const Piece& piece() const { return piece_; }
   Request request() const;

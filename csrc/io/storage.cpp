@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <map>
 #include <set>
 #include <utility>
@@ -12,6 +13,17 @@
 
 namespace slidecore {
 namespace {
+
+// The files are made and removed by their paths, and the process may go elsewhere between the two.
+std::vector<std::string> absolute(const std::vector<std::string>& directories) {
+  std::vector<std::string> paths;
+  for (const std::string& directory : directories) {
+    std::error_code error;
+    const auto path = std::filesystem::absolute(directory, error);
+    paths.push_back(error || directory.empty() ? directory : path.string());
+  }
+  return paths;
+}
 
 void check_directories(io::SystemCalls& calls, const std::vector<std::string>& directories) {
   if (directories.empty()) throw Error(Code::invalid_argument, "a Storage needs at least one directory");
@@ -37,10 +49,11 @@ void check_directories(io::SystemCalls& calls, const std::vector<std::string>& d
 
 }  // namespace
 
-Storage::Impl::Impl(const std::vector<std::string>& directories, const StorageOptions& options)
+Storage::Impl::Impl(const std::vector<std::string>& given, const StorageOptions& options)
     : calls(options.calls ? options.calls : std::make_shared<io::SystemCalls>()),
       stripe(options.stripe_bytes),
       owner(getpid()) {
+  const std::vector<std::string> directories = absolute(given);
   check_directories(*calls, directories);
   if (stripe == 0 || stripe % unit != 0) {
     throw Error(Code::invalid_argument,
@@ -109,6 +122,14 @@ void Storage::Impl::check_space(std::uint64_t file_bytes) const {
   if (short_of) throw Error(Code::io, text + " free space there, give other or more directories, or offload less");
 }
 
+void Storage::Impl::check_files(bool write, const Region& region) const {
+  for (const auto& file : files) {
+    const std::string why = file->why_not_whole();
+    if (why.empty()) continue;
+    throw Error(Code::io, std::string(write ? "writing" : "reading") + " '" + region.name() + "' failed: " + why);
+  }
+}
+
 void Storage::Impl::grow(std::uint64_t wanted) {
   if (wanted <= capacity) return;
   const std::uint64_t row = stripe * files.size();
@@ -127,6 +148,17 @@ void Storage::Impl::grow(std::uint64_t wanted) {
   }
   space.give(capacity, rows * row - capacity);
   capacity = rows * row;
+}
+
+void Storage::Impl::trim() {
+  if (in_child()) return;
+  const std::lock_guard lock(mutex);
+  const std::uint64_t row = stripe * files.size();
+  const std::uint64_t used = capacity - space.free_at_end(capacity);
+  const std::uint64_t rows = (used + row - 1) / row;
+  space.cut_end(capacity - rows * row);
+  capacity = rows * row;
+  for (auto& file : files) file->shrink(rows * stripe);
 }
 
 std::uint64_t Storage::Impl::take(std::uint64_t bytes, const std::string& name) {
@@ -190,6 +222,10 @@ Storage::~Storage() {
 void Storage::reserve(std::uint64_t bytes) {
   const std::lock_guard lock(impl_->mutex);
   impl_->grow(bytes);
+}
+
+void Storage::trim() {
+  impl_->trim();
 }
 
 std::shared_ptr<const Region> Storage::allocate(const std::string& name, std::uint64_t bytes) {

@@ -16,7 +16,7 @@
 namespace slidecore {
 
 struct Storage::Impl {
-  Impl(const std::vector<std::string>& directories, const StorageOptions& options);
+  Impl(const std::vector<std::string>& given, const StorageOptions& options);
   ~Impl();
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
@@ -26,7 +26,11 @@ struct Storage::Impl {
   std::uint64_t take(std::uint64_t bytes, const std::string& name);
   void give(std::uint64_t base, std::uint64_t bytes);
   void grow(std::uint64_t capacity);  // needs the mutex
+  void trim();
   void check_space(std::uint64_t file_bytes) const;
+  // Throws Error(io) if a file has been truncated, whichever a transfer of this region uses: what another one has lost
+  // is not to be trained on either. To be asked before writing, and after reading.
+  void check_files(bool write, const Region& region) const;
   void remove_files() noexcept;
   std::string describe() const;
 

@@ -133,23 +133,51 @@ std::uint64_t SwapFile::free_bytes() const {
   return status.free_bytes;
 }
 
+std::uint64_t SwapFile::guard() const {
+  return std::max(facts_.offset_alignment, kAssumedAlignment);
+}
+
+std::string SwapFile::why_not_whole() const {
+  // Shorter than before and after: a file that grows or shrinks meanwhile is whole.
+  const std::uint64_t before = length_;
+  const std::int64_t size = calls_->size(fd_);
+  const std::uint64_t length = std::min<std::uint64_t>(before, length_);
+  if (size < 0) return "asking how long " + path_ + " is failed: " + errno_text(size);
+  if (static_cast<std::uint64_t>(size) >= length) return "";
+  return "at offset " + std::to_string(size) + " of " + path_ + " the file ends, " +
+         std::to_string(length - static_cast<std::uint64_t>(size)) +
+         " bytes too early: something has truncated it, and what was there is lost. Go on from the last checkpoint";
+}
+
 void SwapFile::grow(std::uint64_t bytes) {
   if (bytes <= size_) return;
+  // Making a truncated file longer would hide that it was.
+  if (const std::string why = why_not_whole(); !why.empty()) throw Error(Code::io, why);
+  const std::uint64_t length = length_, wanted = bytes + guard();
   int code = -EINTR;
-  while (code == -EINTR) code = calls_->preallocate(fd_, size_, bytes - size_);
+  while (code == -EINTR) code = calls_->preallocate(fd_, length, wanted - length);
   if (code == -EOPNOTSUPP || code == -ENOSYS) {
     preallocated_ = false;
-    code = calls_->truncate(fd_, bytes);
+    code = calls_->truncate(fd_, wanted);
   }
   if (code < 0) {
-    shrink(size_);  // a part may have been allocated
-    throw Error(Code::io, "preallocating " + size_text(bytes) + " for " + path_ + " failed: " + errno_text(code));
+    calls_->truncate(fd_, length);  // a part may have been allocated
+    throw Error(Code::io, "preallocating " + size_text(wanted) + " for " + path_ + " failed: " + errno_text(code));
   }
+  length_ = wanted;
   size_ = bytes;
 }
 
 void SwapFile::shrink(std::uint64_t bytes) noexcept {
-  if (calls_->truncate(fd_, bytes) >= 0) size_ = std::min(size_, bytes);
+  if (bytes >= size_) return;
+  try {
+    if (!why_not_whole().empty()) return;  // whoever uses it next is told
+  } catch (...) {
+    return;  // no memory for words: it stays as long as it is
+  }
+  size_ = bytes;
+  length_ = bytes + guard();  // before the file: it is never too short
+  calls_->truncate(fd_, bytes + guard());
 }
 
 void SwapFile::remove_name() noexcept {

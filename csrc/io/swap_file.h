@@ -1,6 +1,7 @@
 #pragma once
 // The swap file of one directory.
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -10,6 +11,11 @@
 namespace slidecore::io {
 
 // Removed with the object. Throws Error(io) where nothing else is said.
+//
+// Behind the bytes that are asked for lies a block that nobody writes: once something has truncated the file, no write
+// of ours makes it as long as it was, however soon it comes, and why_not_whole() tells ever after. Otherwise a write
+// behind the cut would leave a hole, which reads as zeros. Holes that others make in a file, and files that others make
+// longer again, are not found.
 class SwapFile {
  public:
   // Removes what dead processes left (the caller holds the directory's lock), makes the file and checks with one block
@@ -24,6 +30,8 @@ class SwapFile {
   void shrink(std::uint64_t bytes) noexcept;
   void remove_name() noexcept;
   std::uint64_t free_bytes() const;  // of the file system, for this user
+  // Empty, or where the file ends too early. Thread-safe, also beside grow() and shrink().
+  std::string why_not_whole() const;
 
   int fd() const { return fd_; }
   const std::string& path() const { return path_; }
@@ -37,12 +45,14 @@ class SwapFile {
   void remove_stale(const std::string& directory);
   void try_out();
   void reopen_buffered(const std::string& why);
+  std::uint64_t guard() const;
 
   std::shared_ptr<SystemCalls> calls_;
   std::string path_;
   DirectoryFacts facts_;
   int fd_ = -1;
   std::uint64_t size_ = 0;
+  std::atomic<std::uint64_t> length_ = 0;  // with the guard
   bool named_ = false;
   bool preallocated_ = true;  // false: this file system cannot
   int removed_files_ = 0;

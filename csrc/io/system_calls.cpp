@@ -82,6 +82,11 @@ int SystemCalls::status(int fd, FileStatus* status) {
   return 0;
 }
 
+std::int64_t SystemCalls::size(int fd) {
+  struct stat file{};
+  return ::fstat(fd, &file) != 0 ? -errno : static_cast<std::int64_t>(file.st_size);
+}
+
 int SystemCalls::preallocate(int fd, std::uint64_t offset, std::uint64_t bytes) {
   return checked(::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(bytes)));
 }

@@ -27,6 +27,7 @@ class SystemCalls {
   virtual int unlink(const char* path);
   virtual int lock(int fd);  // flock, exclusive, not waiting
   virtual int status(int fd, FileStatus* status);
+  virtual std::int64_t size(int fd);  // of the file; much less work than status()
   virtual int preallocate(int fd, std::uint64_t offset, std::uint64_t bytes);
   virtual int truncate(int fd, std::uint64_t bytes);
   virtual long pread(int fd, void* memory, std::size_t bytes, std::uint64_t offset);

@@ -33,7 +33,7 @@ class ThreadsBackend final : public Backend {
  private:
   void work(std::uint32_t drive) {
     pthread_setname_np(pthread_self(), "slidecore-io");
-    Execution execution(storage_, settings_.block_bytes, settings_.patience_s);
+    Execution execution(storage_, settings_.patience_s);
     while (const auto piece = queue_.take(drive)) {
       try {
         transfer(*piece, execution);

@@ -78,7 +78,7 @@ Transfers::Impl::Impl(std::shared_ptr<Storage> storage_, TransferOptions options
 }
 
 io::BackendSettings Transfers::Impl::settings(std::size_t default_depth) const {
-  return {options.block_bytes, options.queue_depth != 0 ? options.queue_depth : default_depth, options.patience_s};
+  return {options.queue_depth != 0 ? options.queue_depth : default_depth, options.patience_s};
 }
 
 void Transfers::Impl::use_uring() {
@@ -120,6 +120,7 @@ Ticket Transfers::Impl::start(const std::shared_ptr<const Region>& region, bool 
   transfer->region = region;
   transfer->write = write;
   transfer->bytes = bytes;
+  transfer->unread = pieces.size();
   return queue.push(std::move(transfer), std::move(pieces));
 }
 

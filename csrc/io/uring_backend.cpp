@@ -41,8 +41,7 @@ class UringBackend final : public Backend {
 
  private:
   struct Slot {
-    Slot(const Storage::Impl& storage, const BackendSettings& settings)
-        : execution(storage, settings.block_bytes, settings.patience_s) {}
+    Slot(const Storage::Impl& storage, const BackendSettings& settings) : execution(storage, settings.patience_s) {}
     Execution execution;
     Clock::time_point due;
   };

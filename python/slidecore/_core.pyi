@@ -114,6 +114,8 @@ class Storage:
     def reserve(self, nbytes: int) -> None:
         """Preallocates until regions of `nbytes` in total fit; IoError with the numbers if space is short."""
     def allocate(self, name: str, nbytes: int) -> Region: ...
+    def trim(self) -> None:
+        """Gives the drives back what lies behind the last region."""
     @property
     def reserved_bytes(self) -> int: ...
     @property

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from slidecore import _core
-from slidecore.calibration import Point, save
+from slidecore import _core, host_pressure
+from slidecore.calibration import Point, check_writable, save
 from slidecore.calibration import calibrate as measure
 from slidecore.errors import InputError
 from slidecore.sizes import format_size, parse_size
 
 _LEAST = 16 << 20
+_SHARE_OF_AVAILABLE = 0.8
 
 
 def calibrate(
@@ -31,12 +32,19 @@ def calibrate(
         raise InputError(str(error)) from error
     if nbytes < _LEAST:
         raise InputError(f"--size {size} is too little to measure a drive with", f"Give at least {format_size(_LEAST)}")
+    available = host_pressure.available_memory()
+    if nbytes > available * _SHARE_OF_AVAILABLE:
+        most = format_size(int(available * _SHARE_OF_AVAILABLE))
+        raise InputError(
+            f"--size {size} needs as much memory, and {format_size(available)} are available", f"Give at most {most}"
+        )
     names = [str(directory) for directory in directories]
 
     def progress(point: Point) -> None:
         typer.echo(_row(point), err=as_json)
 
     try:
+        check_writable(names)
         for name in names:
             facts = _core.inspect_directory(name)
             if facts.in_memory:

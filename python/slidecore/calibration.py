@@ -117,6 +117,21 @@ def _measure(storage: _core.Storage, work: Workload, backend: str, block: int, d
     )
 
 
+def open_transfers(storage: _core.Storage, known: Calibration | None) -> _core.Transfers:
+    """Transfers with what was found best for the storage's drives, or with the core's own choice."""
+    if known is None:
+        return _core.Transfers(storage)
+    chosen = known.chosen
+    # io_uring is the core's own first choice, where it is allowed; SLIDECORE_IO overrules both.
+    automatic = chosen.backend == "uring" or "SLIDECORE_IO" in os.environ
+    return _core.Transfers(
+        storage,
+        backend="" if automatic else chosen.backend,
+        block_bytes=chosen.block_bytes,
+        queue_depth=chosen.queue_depth,
+    )
+
+
 def path_for(directories: Sequence[str]) -> Path:
     """The file that holds the calibration of these directories' drives, whether or not it exists.
 
@@ -129,6 +144,14 @@ def path_for(directories: Sequence[str]) -> Path:
     # The specification: a relative path there is to be ignored.
     base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
     return base / "slidecore" / f"disk-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def check_writable(directories: Sequence[str]) -> None:
+    """Raises OSError if `save` could not write: to be known before minutes of measuring."""
+    path = path_for(directories)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp"):
+        pass
 
 
 def save(calibration: Calibration, directories: Sequence[str]) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,6 +14,8 @@ from slidecore.sizes import format_size
 from slidecore.tier_plan import Part
 
 logger = logging.getLogger("slidecore")
+
+_ZEROS_BYTES = 16 << 20
 
 
 class DiskStore:
@@ -36,25 +37,14 @@ class DiskStore:
         self.calibration = calibration.load(directories)
         self.storage = _core.Storage(list(directories))
         try:
-            if self.calibration is None:
-                self.transfers = _core.Transfers(self.storage)
-            else:
-                chosen = self.calibration.chosen
-                # io_uring is the core's own first choice, where it is allowed; SLIDECORE_IO overrules both.
-                automatic = chosen.backend == "uring" or "SLIDECORE_IO" in os.environ
-                self.transfers = _core.Transfers(
-                    self.storage,
-                    backend="" if automatic else chosen.backend,
-                    block_bytes=chosen.block_bytes,
-                    queue_depth=chosen.queue_depth,
-                )
+            self.transfers = calibration.open_transfers(self.storage, self.calibration)
         except BaseException:
             self.storage.close()
             raise
         self.gpu_direct: _core.GpuDirect | None = None
         self._parts: dict[tuple[int, str], _core.Region] = {}
         self._unwritten: set[tuple[int, str]] = set()
-        logger.info("disk tier: %s; %s", self.storage.describe(), self.transfers.describe())
+        logger.info("disk tier: %s Transfers by %s", self.storage.describe(), self.transfers.describe())
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +76,10 @@ class DiskStore:
         """
         if nbytes > self.storage.reserved_bytes:
             self.storage.reserve(nbytes)
+
+    def trim(self) -> None:
+        """Gives the drives back what is free at the end of the files."""
+        self.storage.trim()
 
     def allocate(self, name: str, nbytes: int) -> _core.Region:
         """A new region; it goes with its last user.
@@ -133,13 +127,17 @@ class DiskStore:
 
     def write_zeros(self) -> None:
         """Makes files hold what parts read as that were never written: updates read files."""
-        zeros = torch.zeros(16 << 20, dtype=torch.uint8)
+        if not self._unwritten:
+            return
+        largest = max(len(self._parts[key]) for key in self._unwritten)
+        # Pages of its own: a tensor's memory begins anywhere, and each write of it would be copied.
+        zeros = _core.HostBuffer(_core.Device("host", 0), min(largest, _ZEROS_BYTES), False)
         for key in sorted(self._unwritten):
             region = self._parts[key]
             with self._settled():
                 tickets = [
-                    self.transfers.write(region, at, zeros.data_ptr(), min(zeros.nbytes, len(region) - at))
-                    for at in range(0, len(region), zeros.nbytes)
+                    self.transfers.write(region, at, zeros.address, min(len(zeros), len(region) - at))
+                    for at in range(0, len(region), len(zeros))
                 ]
                 for ticket in tickets:
                     self.transfers.wait(ticket)

@@ -15,14 +15,19 @@ _STYLES: dict[Literal["ok", "note", "problem"], str] = {"ok": "green", "note": "
 
 
 def doctor(
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Directories for swap files, one on each drive; the current one if none is given."),
+    ] = None,
     disk: Annotated[
-        list[Path] | None, typer.Option(help="A directory for swap files, one on each drive; may be repeated.")
+        list[Path] | None, typer.Option(help="Another way to give a directory, as in training; may be repeated.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not measure rates.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Look at driver, card, memory limits, io_uring, cuFile and drives, and say what to do. Exit code 1: a problem."""
-    checks = machine_checks.run([str(directory) for directory in disk or [Path(".")]], rates=not quick)
+    places = [*(directories or []), *(disk or [])] or [Path(".")]
+    checks = machine_checks.run([str(directory) for directory in places], rates=not quick)
     if as_json:
         typer.echo(json.dumps({"checks": [check.to_json() for check in checks]}, indent=2))
     else:

@@ -476,6 +476,16 @@ class Engine:
             self.tiers.relieve()
         self.saved_inputs.begin_forward()
 
+    def between_steps(self) -> bool:
+        """Whether nothing of a forward or a backward pass is left: what was dropped or has failed counts as ended."""
+        if self.in_root or torch._C._current_graph_task_id() != -1:
+            return False
+        self._recover()
+        if self.state == "forward" and not self._live:
+            self._reset_pass()
+            self.state = "idle"
+        return self.state != "forward"
+
     def end_root_forward(self) -> None:
         """Called after a forward: the next one without gradients is expected to make the visits that this one made."""
         if self._mode == "infer" and self._inferred and self._inferred != self._schedules["infer"]:

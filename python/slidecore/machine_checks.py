@@ -40,21 +40,29 @@ def run(directories: Sequence[str], rates: bool = True) -> list[Check]:
         rates: measure how fast the drives are, which takes seconds each.
     """
     device, checks = open_device()
-    checks += _safely("pinned memory", lambda: pinned_memory(device))
-    checks += _safely("memory lock limit", memory_lock_limit)
-    checks += _safely("memory nodes", lambda: memory_nodes(device))
-    checks += _safely("io_uring", io_uring)
-    checks += _safely("cuFile", lambda: gpu_direct(device))
+    checks += _safely("pinned memory", lambda: pinned_memory(device), _NOT_LOOKED_AT)
+    checks += _safely("memory lock limit", memory_lock_limit, _NOT_LOOKED_AT)
+    checks += _safely("memory nodes", lambda: memory_nodes(device), _NOT_LOOKED_AT)
+    checks += _safely("io_uring", io_uring, _NOT_LOOKED_AT)
+    checks += _safely("cuFile", lambda: gpu_direct(device), _NOT_LOOKED_AT)
     for directory in directories:
-        checks += _safely(f"disk {directory}", functools.partial(disk, directory, rates))
+        checks += _safely(
+            f"disk {directory}",
+            functools.partial(disk, directory, rates),
+            "Give a directory that this user can make files in, on a local drive (mkdir -p DIRECTORY)",
+        )
     return checks
 
 
-def _safely(name: str, check: Callable[[], list[Check]]) -> list[Check]:
+_NOT_LOOKED_AT = "This could not be looked at: /proc and /sys must be readable, as they usually are"
+
+
+def _safely(name: str, check: Callable[[], list[Check]], advice: str) -> list[Check]:
+    """The check's findings, or what kept it from being made, with `advice` about that."""
     try:
         return check()
     except (_core.Error, OSError, ValueError) as error:
-        return [Check(name, "problem", str(error))]
+        return [Check(name, "problem", str(error), advice)]
 
 
 def open_device() -> tuple[_core.Device | None, list[Check]]:
@@ -215,12 +223,16 @@ def disk(directory: str, rates: bool) -> list[Check]:
         Check(f"{name}: space", "note" if short else "ok", free, "Nearly full drives write slowly" if short else "")
     )
     if rates:
-        checks.append(_rates(directory, name, facts))
+        checks += _safely(
+            f"{name}: rates",
+            lambda: [_rates(directory, f"{name}: rates", facts)],
+            "Rates are measured as training moves bytes, so it would fail alike: see to what the message says. What "
+            "else is said of this directory stands; --quick leaves the rates out",
+        )
     return checks
 
 
 def _rates(directory: str, name: str, facts: _core.DirectoryFacts) -> Check:
-    name = f"{name}: rates"
     nbytes = min(_RATE_BYTES, available_memory() // 4)
     if facts.free_bytes < 2 * nbytes:
         return Check(name, "note", "not measured: too little space", f"Free {format_size(2 * nbytes)} there")
@@ -228,11 +240,7 @@ def _rates(directory: str, name: str, facts: _core.DirectoryFacts) -> Check:
     storage = _core.Storage([directory])
     try:
         work = Workload(storage, nbytes)
-        if known is None:
-            transfers = _core.Transfers(storage)
-        else:
-            chosen = known.chosen
-            transfers = _core.Transfers(storage, block_bytes=chosen.block_bytes, queue_depth=chosen.queue_depth)
+        transfers = calibration.open_transfers(storage, known)
         try:
             write, read = work.run(transfers, "write"), work.run(transfers, "read")
             finding = f"read {read.gb_per_s:.2f} GB/s, write {write.gb_per_s:.2f} GB/s by {transfers.describe()}"

@@ -15,6 +15,7 @@ from torch import nn
 from slidecore import cufile, roots
 from slidecore.absent_parameters import check_present
 from slidecore.backend import Backend
+from slidecore.disk_traffic import Traffic
 from slidecore.edits import note_version, overwritten, take_over
 from slidecore.engine import Engine, engines
 from slidecore.errors import ModelError, UsageError
@@ -114,6 +115,7 @@ def offload(
         BudgetError: `device_memory`, `host_memory` or `disk_memory` is too small; the message says what works.
         slidecore._core.Error: a directory of `disk` cannot be used, another process uses it, or it lacks the space.
         ValueError: an argument is out of its range.
+        TypeError: `disk` is no directory, nor a list of directories.
         UsageError: the device is not usable, or cuFile with `gpu_direct`.
     """
     if _ATTRIBUTE in model.__dict__:
@@ -149,10 +151,11 @@ def offload(
         raise ValueError(f"moments={moments!r} must be one of {', '.join(map(repr, get_args(Moments)))}")
     if kernels not in ("auto", "liger", "torch"):
         raise ValueError(f"kernels={kernels!r} must be 'auto', 'liger' or 'torch'")
-    if disk_memory is not None and not _directories(disk):
+    directories = _directories(disk)
+    if disk_memory is not None and not directories:
         raise ValueError("disk_memory= needs disk=[directory, ...]")
     if gpu_direct:
-        cufile.check(backend, has_disk=bool(_directories(disk)), train=train)
+        cufile.check(backend, has_disk=bool(directories), train=train)
     check_initialized(model)
     kept = choose(model, keep)
     check_model(model, kept, train)
@@ -173,7 +176,7 @@ def offload(
         piece_bytes=piece_bytes,
         ring_pieces=None if ring_pieces == "auto" else ring_pieces,
         host_memory=None if host_memory is None else parse_size(host_memory, "host_memory"),
-        disk=_directories(disk),
+        disk=directories,
         disk_memory=None if disk_memory is None else parse_size(disk_memory, "disk_memory"),
         gpu_direct=gpu_direct,
     )
@@ -189,9 +192,16 @@ def offload(
 
 
 def _directories(disk: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[str]:
-    if disk is None:
-        return []
-    return [os.fspath(disk)] if isinstance(disk, (str, os.PathLike)) else [os.fspath(d) for d in disk]
+    given: Any = [] if disk is None else [disk] if isinstance(disk, (str, os.PathLike)) else disk
+    try:
+        paths = [os.fspath(directory) for directory in given]
+    except TypeError:
+        paths = [None]
+    if not all(isinstance(path, str) for path in paths):
+        raise TypeError(
+            f"disk={disk!r} must be a directory, or a list of directories, each a str or an os.PathLike[str]"
+        )
+    return paths
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -306,13 +316,18 @@ def set_budget(
         host_memory, disk_memory: as of `offload`; None leaves the budget as it is.
 
     Raises:
-        UsageError: `model` is not offloaded, has no disk, or a step is under way.
+        UsageError: `model` is not offloaded, has no disk, or a step is under way: a forward whose graph is still
+            there, or a backward pass. A graph that was dropped, and a pass that failed, are none.
         BudgetError: a budget is too small; nothing was changed.
         slidecore._core.Error: the drives lack the space.
     """
     engine = engine_of(model)
-    if engine.state in ("forward", "backward"):
-        raise UsageError("set_budget() is for between steps: after optimizer.step(), before the next forward")
+    if not engine.between_steps():
+        raise UsageError(
+            "set_budget() is for between steps: after optimizer.step(), before the next forward. The graph of a "
+            "forward is still there: call backward() on its loss, or drop all that holds the graph (`del loss`); "
+            "forwards under torch.no_grad() have none"
+        )
     engine.tiers.set_budgets(
         None if host_memory is None else parse_size(host_memory, "host_memory"),
         None if disk_memory is None else parse_size(disk_memory, "disk_memory"),
@@ -405,6 +420,7 @@ class Stats:
     counters: dict[str, int]
     disk_memory: int = 0
     disk_counters: dict[str, int] = field(default_factory=dict)
+    disk_traffic: Traffic = field(default_factory=lambda: Traffic(0, 0))
 
 
 def stats(model: nn.Module) -> Stats:
@@ -413,8 +429,10 @@ def stats(model: nn.Module) -> Stats:
     `device_memory` is PyTorch's allocated memory on a card, and on the host backend what slidecore places there: slots,
     gradients, saved inputs and graphs. `host_memory` is planes, rings, buffers and saved inputs, `disk_memory` what
     lies in swap files, `disk_counters` what was read and written there (with `gpu_direct`, also what of that went by
-    cuFile). `ordinary_training_bytes` is what weights and gradients in the compute dtype with float32 masters and
-    moments take on a device.
+    cuFile). `disk_traffic` is what a step is foretold to read and write (`read_bytes`, `written_bytes`), how long the
+    drives need for it (`seconds`) and what that wears (`terabytes_per_1000_steps`, `terabytes_per_day`); saved inputs
+    and accumulation come on top of it. `ordinary_training_bytes` is what weights and gradients in the compute dtype
+    with float32 masters and moments take on a device.
 
     Raises:
         UsageError: `model` is not offloaded.
@@ -440,6 +458,7 @@ def stats(model: nn.Module) -> Stats:
         counters=engine.scheduler.counters(),
         disk_memory=store.nbytes if store is not None else 0,
         disk_counters=store.counters() if store is not None else {},
+        disk_traffic=engine.tiers.traffic(),
     )
 
 

@@ -51,6 +51,7 @@ def plan_tiers(
     disk_memory: int | None,
     has_disk: bool,
     fixed_on_disk: int = 0,
+    to_come: str = "",
 ) -> frozenset[Part]:
     """The parts that lie on disk.
 
@@ -62,6 +63,7 @@ def plan_tiers(
         disk_memory: bytes that may lie on disk; None: no limit but the drives'.
         has_disk: whether there is a disk at all.
         fixed_on_disk: bytes that everything else takes there.
+        to_come: a sentence about host memory that is not in `fixed` and may be asked for later.
 
     Raises:
         BudgetError: what is left in memory, or goes to disk, exceeds its budget; the message has the numbers.
@@ -73,7 +75,8 @@ def plan_tiers(
         raise BudgetError(
             f"host_memory={format_size(host_memory)} ({host_memory} bytes) is too small: weights and training state "
             f"take {format_size(in_memory - fixed)}, rings and buffers {format_size(fixed)}. Use host_memory of at "
-            f"least {in_memory} bytes ({format_size(in_memory)}), moments='8bit', or disk=[directory, ...] for the rest"
+            f"least {in_memory} bytes ({format_size(in_memory)}), moments='8bit', or disk=[directory, ...] for the "
+            f"rest{'. ' if to_come else ''}{to_come}"
         )
     down: list[Part] = []
     for part in in_order_of_need(chunks, parts):
@@ -85,7 +88,7 @@ def plan_tiers(
         raise BudgetError(
             f"host_memory={format_size(host_memory)} ({host_memory} bytes) is too small even with everything on disk "
             f"that can lie there: rings, buffers and what stays in memory take {format_size(in_memory)}. Use "
-            f"host_memory of at least {in_memory} bytes, or a smaller piece_bytes"
+            f"host_memory of at least {in_memory} bytes, or a smaller piece_bytes{'. ' if to_come else ''}{to_come}"
         )
     on_disk = fixed_on_disk + sum(part.disk_bytes for part in down)
     if disk_memory is not None and on_disk > disk_memory:

@@ -14,6 +14,7 @@ from slidecore.disk_store import DiskStore
 from slidecore.disk_traffic import Traffic
 from slidecore.errors import BudgetError, UsageError
 from slidecore.partition import Chunk
+from slidecore.plane import part_bytes
 from slidecore.sizes import format_size
 from slidecore.tier_plan import Part, plan_tiers
 
@@ -35,6 +36,18 @@ def staging_bytes(piece_bytes: int, compute_dtype: torch.dtype) -> int:
     """Host memory of the stages for updates from disk; at most 12 bytes an element, and a page for each plane."""
     stage = piece_bytes // compute_dtype.itemsize * 12 + 6 * 4096
     return STAGES * (-(-stage // 4096) * 4096)
+
+
+def deferred_needs(chunks: Sequence[Chunk], compute_dtype: torch.dtype) -> str:
+    """What deferred updates take beside all that is planned by `offload`, which does not know whether they come."""
+    plain, summed = (
+        sum(part_bytes(chunk.trainable_numel, dtype) for chunk in chunks) for dtype in (compute_dtype, torch.float32)
+    )
+    more = f", or {summed} bytes ({format_size(summed)}) where several are added up" if summed > plain else ""
+    return (
+        f"Deferred updates (clipping, accumulation, update='deferred') need {plain} bytes ({format_size(plain)}) more, "
+        f"for gradients that wait{more}"
+    )
 
 
 class Tiers:
@@ -79,6 +92,7 @@ class Tiers:
         self.buffer_bytes = buffers
         self.host_memory = host_memory
         self._grad_bytes = 0
+        self._train = train
         self._ceiling: int | None = None  # what a machine that ran short of memory has left of the budget
         self._looked = time.monotonic()
         self._engine: Engine | None = None
@@ -89,6 +103,7 @@ class Tiers:
             fixed=self._fixed,
             disk_memory=disk_memory,
             has_disk=bool(disk),
+            to_come=self._to_come(),
         )
         self._in_memory = self._memory_of(self.on_disk)
         self.store = DiskStore(disk, disk_memory) if disk else None
@@ -181,6 +196,8 @@ class Tiers:
             if self.store is not None:
                 self.store.limit = before[1]
             raise
+        if self.store is not None:
+            self.store.trim()
 
     def make_room(self, grad_bytes: int) -> None:
         """The `grad` plane is about to take so many bytes: other planes go down for it.
@@ -240,7 +257,11 @@ class Tiers:
             disk_memory=disk_memory,
             has_disk=self.store is not None,
             fixed_on_disk=inputs.disk_bytes if inputs is not None else 0,
+            to_come=self._to_come(),
         )
+
+    def _to_come(self) -> str:
+        return deferred_needs(self._chunks, self._compute_dtype) if self._train and not self._grad_bytes else ""
 
     # --- moves
 
@@ -321,9 +342,9 @@ class Tiers:
     # --- what it costs
 
     def traffic(self) -> Traffic:
-        """What a step moves to and from disk, saved inputs not counted."""
+        """What a step moves to and from disk because of where planes lie."""
         point = self.store.calibration.chosen if self.store is not None and self.store.calibration else None
-        return Traffic.of(self._chunks, self.on_disk, point)
+        return Traffic.of(self._chunks, self.on_disk, point, self._train)
 
     def describe(self) -> str:
         """Sentences: what lies where, and what a step moves because of it."""

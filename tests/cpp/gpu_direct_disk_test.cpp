@@ -153,6 +153,20 @@ TEST_F(GpuDirectDisk, FailuresSayWhereAndWhy) {
   expect_error(Code::invalid_argument, {"not one of this Storage"}, [&] { direct->read(foreign, memory.data(), 1); });
 }
 
+// Neither zeros of a hole are read for what was written, nor is one made.
+TEST_F(GpuDirectDisk, ATruncatedFileIsAnError) {
+  const auto direct = open();
+  const auto first = storage->allocate("first", kStripe), last = storage->allocate("last", 4 * kStripe);
+  Bytes memory(4 * kStripe, 3);
+  direct->write(first, memory.data(), kStripe);
+  direct->write(last, memory.data(), memory.size());
+  ASSERT_EQ(truncate(storage->files()[1].c_str(), 4096), 0);
+  const std::vector<std::string> parts = {"at offset 4096 of " + storage->files()[1], "truncated"};
+  expect_error(Code::io, parts, [&] { direct->write(last, memory.data(), memory.size()); });
+  EXPECT_EQ(std::filesystem::file_size(storage->files()[1]), 4096u);
+  expect_error(Code::io, parts, [&] { direct->read(first, memory.data(), kStripe); });  // of another drive
+}
+
 TEST_F(GpuDirectDisk, WhatCannotBeOpenedLeavesNothing) {
   const std::size_t threads = threads_now(), files = open_files();
   control->fail("cuFileDriverOpen", 5011, 100);

@@ -254,6 +254,88 @@ TEST_P(FaultsTest, ATruncatedFileIsAnError) {
   }
 }
 
+// A write behind the cut makes the file longer again, and the hole would read as zeros. That it does not become as long
+// as it was is what tells.
+TEST_P(FaultsTest, ATruncatedFileStaysOneWhateverIsWritten) {
+  const auto region = storage_->allocate("all of it", storage_->reserved_bytes());
+  Memory memory(region->size(), 5);
+  const auto at_end = [&](Transfers& transfers, const std::string& drive) {
+    // The last stripe of each file.
+    const std::size_t from = region->size() - (drive == storage_->files()[0] ? 65536 : 32768);
+    return transfers.write(region, from, memory.data(), 32768);
+  };
+  const auto first = make();
+  first->wait(first->write(region, 0, memory.data(), memory.size()));
+  const std::string file = storage_->files()[0];
+  // While a write is under way: it is not told, but the next transfer is, on whichever drive.
+  std::atomic<bool> cut{false};
+  calls_->set([&](const Call& call) -> long {
+    if (call.write && !cut.exchange(true)) {
+      EXPECT_EQ(truncate(file.c_str(), 4096), 0);
+    }
+    return HookedCalls::kPass;
+  });
+  first->wait(at_end(*first, file));
+  EXPECT_TRUE(cut);
+  const std::vector<std::string> parts = {"'all of it'", "at offset ", "of " + file, "truncated"};
+  expect_error(Code::io, parts, [&] { first->wait(first->read(region, 4096, memory.data(), 4096)); });
+  expect_error(Code::io, parts, [&] { first->check(); });
+  const std::function<Ticket(Transfers&)> starts[] = {
+      [&](Transfers& t) { return t.read(region, 0, memory.data(), 4096); },
+      [&](Transfers& t) { return t.read(region, 32768, memory.data(), 4096); },  // of the other drive
+      [&](Transfers& t) { return t.read(region, region->size() - 65536, memory.data(), 32768); },
+      [&](Transfers& t) { return t.write(region, 0, memory.data(), 4096); },
+      [&](Transfers& t) { return t.write(region, 32768, memory.data(), 4096); },
+      [&](Transfers& t) { return at_end(t, file); }};
+  for (const auto& start : starts) {
+    const auto transfers = make();
+    expect_error(Code::io, parts, [&] { transfers->wait(start(*transfers)); });
+  }
+  // Nor does growing or shrinking hide it.
+  const std::vector<std::string> ends = {"at offset ", "of " + file, "truncated"};
+  expect_error(Code::io, ends, [&] { storage_->reserve(storage_->reserved_bytes() + 1); });
+  storage_->trim();
+  const auto last = make();
+  expect_error(Code::io, parts, [&] { last->wait(last->read(region, 0, memory.data(), 4096)); });
+}
+
+// Truncated between the request and its answer: what was read may be zeros.
+TEST_P(FaultsTest, AReadBesideATruncationIsNotBelieved) {
+  const auto region = storage_->allocate("plane", 200'000);
+  Memory memory(200'000, 5);
+  const auto transfers = make();
+  transfers->wait(transfers->write(region, 0, memory.data(), memory.size()));
+  std::atomic<bool> cut{false};
+  calls_->set([&](const Call& call) -> long {
+    if (is(call, "pread") && !cut.exchange(true)) {
+      const off_t length = static_cast<off_t>(std::filesystem::file_size(storage_->files()[1]));
+      EXPECT_EQ(truncate(storage_->files()[1].c_str(), length - 1), 0);
+    }
+    return HookedCalls::kPass;
+  });
+  expect_error(Code::io, {"reading 'plane'", "of " + storage_->files()[1], "truncated"},
+               [&] { transfers->wait(transfers->read(region, 0, memory.data(), memory.size())); });
+}
+
+// One look for each transfer and drive, however many requests it takes.
+TEST_P(FaultsTest, FilesAreLookedAtOnceForEachTransfer) {
+  const auto region = storage_->allocate("plane", 1'000'000);
+  Memory memory(1'000'000, 5);
+  std::atomic<int> looks{0};
+  calls_->set([&](const Call& call) -> long {
+    looks += is(call, "size") ? 1 : 0;
+    return HookedCalls::kPass;
+  });
+  const auto transfers = make();
+  transfers->wait(transfers->write(region, 0, memory.data(), memory.size()));
+  EXPECT_EQ(looks, 2);
+  transfers->wait(transfers->read(region, 0, memory.data(), memory.size()));
+  EXPECT_EQ(looks, 4);
+  calls_->set([&](const Call& call) { return is(call, "size") ? -EIO : HookedCalls::kPass; });
+  expect_error(Code::io, {"how long", storage_->files()[0], io::errno_text(EIO)},
+               [&] { transfers->wait(transfers->read(region, 0, memory.data(), 4096)); });
+}
+
 TEST_P(FaultsTest, EndWhileEverythingFails) {
   std::mutex mutex;
   Random random(seed_ + 1);

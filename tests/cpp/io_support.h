@@ -90,6 +90,10 @@ class HookedCalls final : public io::SystemCalls {
   int status(int fd, io::FileStatus* status) override {
     return made({"status"}, [&] { return SystemCalls::status(fd, status); });
   }
+  std::int64_t size(int fd) override {
+    const long answer = ask({"size"});
+    return answer == kPass ? SystemCalls::size(fd) : answer;
+  }
   int preallocate(int fd, std::uint64_t offset, std::uint64_t bytes) override {
     return made({"preallocate", offset, bytes}, [&] { return SystemCalls::preallocate(fd, offset, bytes); });
   }

@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 
+#include "io/errors.h"
 #include "io_support.h"
 #include "slidecore/adamw_sink.h"
 
@@ -350,6 +351,227 @@ TEST_P(SchedulerDisk, FaultsOfUploadsAreTold) {
     rig.scheduler->release(0, Phase::forward, 0);
     rig.scheduler->synchronize();
   });
+}
+
+// A drive answers nothing for as long as a gate is closed. The ring's one thread cannot be held inside a call, so there
+// the drive is busy for as long.
+class StalledDrive {
+ public:
+  StalledDrive(HookedCalls& calls, bool ring, const char* call) : calls_(calls) {
+    calls.set([this, ring, name = std::string(call)](const HookedCalls::Call& made) -> long {
+      if (!closed_ || made.name != name) return HookedCalls::kPass;
+      ++arrived_;
+      if (ring) return -EAGAIN;
+      gate_.pass();
+      return HookedCalls::kPass;
+    });
+  }
+  ~StalledDrive() {
+    open();
+    calls_.set(nullptr);
+  }
+  // Until so many requests have come to the drive in vain.
+  void wait_for_arrival(int count) const {
+    while (arrived_ < count) std::this_thread::yield();
+  }
+  void open() {
+    closed_ = false;
+    gate_.open();
+  }
+
+ private:
+  HookedCalls& calls_;
+  Gate gate_;
+  std::atomic<bool> closed_{true};
+  std::atomic<int> arrived_{0};
+};
+
+// Who needs the drive waits, who does not goes on, nothing fails, and when it answers again the numbers are right.
+TEST_P(SchedulerDisk, AStalledDriveHoldsUpOnlyWhatNeedsIt) {
+  for (const char* call : {"pread", "pwrite"}) {
+    SCOPED_TRACE(call);
+    auto calls = std::make_shared<HookedCalls>();
+    DiskRig rig(std::vector<Shape>(4, Shape{false, 2048 * 3 + 50}), 11, options(), calls);
+    for (std::uint32_t c = 1; c < 4; ++c) rig.place(c, ~1u);  // chunk 0, and all weights, stay in memory
+    rig.scheduler->set_schedule(training_schedule(4));
+    rig.step(false);
+    rig.scheduler->synchronize();
+    std::atomic<bool> settled{false};
+    std::jthread waiter;
+    {
+      StalledDrive drive(*calls, rig.transfers->backend() == std::string("uring"), call);
+      rig.backward(0, false);  // needs no drive
+      rig.backward(3, false);
+      drive.wait_for_arrival(2);
+      waiter = std::jthread([&] {
+        rig.scheduler->synchronize();
+        settled = true;
+      });
+      for (int again = 0; again < 3; ++again) {
+        for (std::uint32_t c = 0; c < 3; ++c) rig.expect_weights(c);  // 0 has been updated by now
+      }
+      EXPECT_NO_THROW(rig.scheduler->check());
+      EXPECT_NO_THROW(rig.transfers->check());
+      EXPECT_FALSE(settled) << "the update of chunk 3 cannot have ended";
+    }
+    waiter.join();
+    EXPECT_TRUE(settled);
+    for (std::uint32_t c = 0; c < 4; ++c) rig.expect_weights(c);
+    for (int step = 0; step < 2; ++step) rig.step(step == 1);
+    rig.expect_planes();
+  }
+}
+
+// Uploads from a drive that stalls, and inputs on their way to it.
+TEST_P(SchedulerDisk, AStalledDriveDelaysWeightsAndInputs) {
+  const bool ring = GetParam() == std::string("uring");
+  auto calls = std::make_shared<HookedCalls>();
+  DiskRig rig({{false, 9000}, {false, 9000}}, 12, options(), calls);
+  rig.place(0, 1u);
+  constexpr std::size_t kBytes = 4096 * 4;
+  void* const source = rig.device->alloc(kBytes);
+  void* const target = rig.device->alloc(kBytes);
+  const Bytes input = random_bytes(kBytes, rig.random);
+  rig.device->to_device(source, input.data(), kBytes, 0);
+  const auto region = rig.storage->allocate("input", kBytes);
+  std::atomic<bool> uploaded{false}, saved{false};
+  Ticket ticket = 0;
+  {
+    StalledDrive drive(*calls, ring, "pwrite");
+    ticket = rig.scheduler->save_input(1, region, source, kBytes, 0);
+    drive.wait_for_arrival(1);
+    std::jthread waiter([&] {
+      rig.scheduler->synchronize();
+      saved = true;
+    });
+    rig.expect_weights(0);  // reads go on
+    rig.expect_weights(1);
+    EXPECT_FALSE(saved);
+    drive.open();
+  }
+  EXPECT_TRUE(saved);
+  rig.scheduler->invalidate(0);  // else it is still in its slot
+  {
+    StalledDrive drive(*calls, ring, "pread");
+    std::jthread visitor([&] {
+      rig.expect_weights(0);
+      uploaded = true;
+    });
+    drive.wait_for_arrival(1);
+    EXPECT_NO_THROW(rig.scheduler->check());
+    EXPECT_FALSE(uploaded);
+    drive.open();
+  }
+  EXPECT_TRUE(uploaded);
+  rig.scheduler->wait(rig.scheduler->fetch_input(1, target, region, kBytes, 0, ticket), 0);
+  Bytes seen(kBytes);
+  rig.device->to_host(seen.data(), target, kBytes, 0);
+  rig.device->synchronize(0);
+  EXPECT_EQ(seen, input);
+  rig.scheduler->synchronize();
+  rig.device->free(source);
+  rig.device->free(target);
+}
+
+// Busy drives, interrupted calls and transfers that stop anywhere, under steps with everything on disk: the same
+// numbers as without.
+TEST_P(SchedulerDisk, StormsUnderTrainingChangeNothing) {
+  const unsigned seed = new_seed();
+  SCOPED_TRACE(seed_text(seed));
+  auto calls = std::make_shared<HookedCalls>();
+  std::mutex mutex;
+  Random random(seed + 1);
+  DiskRig rig({{false, 2048 * 4 + 129}, {true, 4000}, {false, 2048 * 3}}, seed, options(), calls);
+  for (std::uint32_t c = 0; c < 3; ++c) rig.place(c, ~0u);
+  rig.scheduler->set_schedule(training_schedule(3));
+  const auto before = rig.transfers->counters();
+  calls->set([&](const HookedCalls::Call& call) -> long {
+    if (!is(call, "pread") && !is(call, "pwrite")) return HookedCalls::kPass;
+    const std::lock_guard lock(mutex);
+    switch (draw(random, 0, 5)) {
+      case 0:
+        return -EAGAIN;
+      case 1:
+        return -EINTR;
+      case 2:
+        return draw<long>(random, 1, 20'000);
+      default:
+        return HookedCalls::kPass;
+    }
+  });
+  for (int step = 0; step < 6; ++step) rig.step(step % 2 == 1);
+  rig.expect_planes();
+  const auto after = rig.transfers->counters();
+  EXPECT_GT(after.retries - before.retries, 20u);
+  EXPECT_GT(after.short_transfers - before.short_transfers, 20u);
+  calls->set(nullptr);
+  rig.step(false);
+  rig.expect_planes();
+}
+
+// What cannot go on: a full drive, one that is busy for longer than it is waited for, one that moves nothing, a file
+// that ends. The error names file and offset and is told by every later call; nothing hangs, nothing is left.
+TEST_P(SchedulerDisk, WhatCannotGoOnIsAnErrorThatNamesFileAndOffset) {
+  struct Fault {
+    const char* call;
+    long answer;
+    std::string said;
+  };
+  const std::size_t threads = threads_now(), files = open_files();
+  for (const Fault& fault : {Fault{"pwrite", -ENOSPC, io::errno_text(ENOSPC)},
+                             {"pwrite", -EAGAIN, "again and again"},
+                             {"pread", -EAGAIN, "again and again"},
+                             {"pread", 100, "again and again"},
+                             {"pwrite", 100, "again and again"},
+                             {"pread", 0, "truncated"},
+                             {"size", 4096, "truncated"}}) {
+    for (const bool later : {false, true}) {
+      SCOPED_TRACE(std::string(fault.call) + " " + std::to_string(fault.answer) + (later ? ", deferred" : ""));
+      auto calls = std::make_shared<HookedCalls>();
+      TransferOptions chosen = options();
+      chosen.patience_s = 0.02;
+      DiskRig rig(std::vector<Shape>(3, Shape{false, 2048 * 5}), 3, chosen, calls);
+      for (std::uint32_t c = 0; c < 3; ++c) rig.place(c, ~1u);
+      rig.scheduler->set_schedule(training_schedule(3));
+      rig.step(later);
+      rig.scheduler->synchronize();
+      std::atomic<int> left{5};
+      calls->set([&](const HookedCalls::Call& call) -> long {
+        return is(call, fault.call) && left-- <= 0 ? fault.answer : HookedCalls::kPass;
+      });
+      const std::vector<std::string> parts = {"at offset ", "slidecore-swap.", fault.said};
+      expect_error(Code::io, parts, [&] {
+        for (int step = 0; step < 4; ++step) rig.step(later);
+        rig.scheduler->synchronize();
+      });
+      expect_error(Code::io, parts, [&] { rig.scheduler->synchronize(); });
+      expect_error(Code::io, parts, [&] { rig.scheduler->acquire(0, Phase::forward, 0); });
+      rig.scheduler.reset();
+      calls->set(nullptr);
+    }
+  }
+  expect_no_more_threads(threads);
+  EXPECT_EQ(open_files(), files);
+}
+
+TEST_P(SchedulerDisk, AFullDriveEndsTheSavingOfInputs) {
+  auto calls = std::make_shared<HookedCalls>();
+  DiskRig rig({{false, 3000}}, 6, options(), calls);
+  void* const source = rig.device->alloc(4096 * 6);
+  const auto region = rig.storage->allocate("an input", 4096 * 6);
+  std::atomic<int> left{2};
+  calls->set([&](const HookedCalls::Call& call) -> long {
+    return is(call, "pwrite") && left-- <= 0 ? -ENOSPC : HookedCalls::kPass;
+  });
+  expect_error(
+      Code::io,
+      {"save of an input of chunk 'chunk 0'", "at offset ", "slidecore-swap.", "'an input'", io::errno_text(ENOSPC)},
+      [&] {
+        rig.scheduler->save_input(0, region, source, 4096 * 6, 0);
+        rig.scheduler->synchronize();
+      });
+  rig.scheduler.reset();
+  rig.device->free(source);
 }
 
 TEST_P(SchedulerDisk, ArgumentsThatCannotWorkAreRefused) {

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from slidecore import _core, calibration, machine_checks
+from slidecore import _core, calibration, host_pressure, machine_checks
 from slidecore.calibration import Calibration, Point, choose
 from slidecore.cli import main
 from slidecore.drives import Drive, Rate, Workload, identify
@@ -94,6 +94,21 @@ def test_calibrate_refuses_what_cannot_be(arguments: list[str], said: str, capsy
     assert said in capsys.readouterr().err
 
 
+def test_calibrate_looks_before_it_measures(
+    directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that cannot be written, and memory that is not there, are told at once."""
+    monkeypatch.setattr("slidecore.calibrate.measure", lambda *_: pytest.fail("it has measured"))
+    monkeypatch.setattr(host_pressure, "available_memory", lambda: 100 << 20)
+    assert main(["calibrate", directory, "--size", "100MiB"]) == 2
+    assert "Give at most 80" in capsys.readouterr().err
+    monkeypatch.setattr(host_pressure, "available_memory", lambda: 1 << 40)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(["calibrate", directory]) == 2
+    assert "XDG_CACHE_HOME" in capsys.readouterr().err
+
+
 def test_calibrate_names_the_process_that_has_the_directory(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
     storage = _core.Storage([directory])
     assert main(["calibrate", directory]) == 2
@@ -127,6 +142,47 @@ def test_doctor_goes_on_after_a_directory_that_cannot_be_used(
     assert f"disk {directory}: space" in checks
 
 
+def test_doctor_takes_directories_as_arguments(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json", "--quick", directory, "/nowhere"])
+    names = [check["name"] for check in json.loads(capsys.readouterr().out)["checks"]]
+    assert {f"disk {directory}: space", "disk /nowhere"} <= set(names)
+    assert "disk ." not in names
+
+
+def test_doctor_says_what_to_do_about_each_failure(
+    directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> list[machine_checks.Check]:
+        raise OSError("forbidden by a test")
+
+    for name in ("pinned_memory", "memory_lock_limit", "memory_nodes", "io_uring", "gpu_direct"):
+        monkeypatch.setattr(machine_checks, name, fail)
+    assert main(["doctor", "--json", "--quick", "/proc", directory]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    problems = [check for check in checks if check["status"] == "problem"]
+    assert {"disk /proc", "pinned memory", "io_uring"} <= {check["name"] for check in problems}
+    assert all(check["advice"] for check in problems)
+
+
+@pytest.mark.parametrize("why", ["a bogus backend", "in use"])
+def test_rates_that_cannot_be_measured_drop_nothing_else(
+    directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    storage = _core.Storage([directory]) if why == "in use" else None
+    if storage is None:
+        monkeypatch.setenv("SLIDECORE_IO", "bogus")
+    assert main(["doctor", "--json", directory]) == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert {f"disk {directory}", f"disk {directory}: alignment", f"disk {directory}: space"} <= checks.keys()
+    rates = checks[f"disk {directory}: rates"]
+    assert rates["status"] == "problem"
+    assert ("in use" if storage else "SLIDECORE_IO='bogus'") in rates["finding"]
+    assert rates["advice"]
+    if storage is not None:
+        storage.close()
+    assert os.listdir(directory) == []
+
+
 def test_doctor_measures_rates(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_checks, "_RATE_BYTES", 4 << 20)
     (rates,) = (check for check in machine_checks.disk(directory, True) if check.name.endswith("rates"))
@@ -135,6 +191,10 @@ def test_doctor_measures_rates(directory: str, monkeypatch: pytest.MonkeyPatch) 
     calibration.save(Calibration(_point(queue_depth=3), [], [], "", "", 1), [directory])
     (rates,) = (check for check in machine_checks.disk(directory, True) if check.name.endswith("rates"))
     assert "3 requests in flight" in rates.finding
+    monkeypatch.delenv("SLIDECORE_IO", raising=False)
+    calibration.save(Calibration(_point(backend="threads"), [], [], "", "", 1), [directory])
+    (rates,) = (check for check in machine_checks.disk(directory, True) if check.name.endswith("rates"))
+    assert "by threads" in rates.finding
     assert not rates.advice
 
 

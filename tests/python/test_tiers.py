@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import slidecore
 import torch
+from _disk import SMALL, assert_same, smallest, state
 from _models import language_model, token_batches
 from _runs import Run
 from slidecore import _core, calibration, host_pressure, tiers
@@ -21,35 +22,6 @@ from slidecore.offloading import engine_of
 from torch import nn
 
 Offload = Callable[..., nn.Module]
-# Small pieces, so that chunks pass through the stages in many of them.
-SMALL = {"piece_bytes": 4096, "ring_pieces": 4}
-
-
-def smallest(build: Callable[[], nn.Module], disk: Path, **options: Any) -> int:
-    """The smallest host_memory that works, as the error says it."""
-    with pytest.raises(slidecore.BudgetError, match=r"at least \d+ bytes") as error:
-        slidecore.offload(build(), device="cpu", host_memory=1, disk=disk, **SMALL, **options)
-    found = re.search(r"at least (\d+) bytes", str(error.value))
-    assert found is not None
-    return int(found[1])
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of every plane, wherever it lies."""
-    engine = engine_of(model)
-    engine.drain()
-    copies = {}
-    for chunk in engine.chunks:
-        with engine.planes.borrowed(chunk) as parts:
-            copies |= {f"{chunk.name}, {name}": part.clone() for name, part in parts.items()}
-    return copies
-
-
-def assert_same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        assert torch.equal(value.view(torch.uint8), theirs[name].view(torch.uint8)), name
-
 
 MODES: dict[str, dict[str, Any]] = {
     "overlap": {},
@@ -156,6 +128,10 @@ def test_inference_from_disk(offload: Offload, tmp_path: Path, dtype: torch.dtyp
     model = offload(build(), host_memory=least, disk=tmp_path, **options, **SMALL)
     assert slidecore.stats(model).planes_bytes < slidecore.stats(plain).planes_bytes // 4
     assert torch.equal(model.generate(prompt, **arguments), expected)
+    traffic = slidecore.stats(model).disk_traffic
+    on_disk = sum(part.nbytes for part in engine_of(model).tiers.on_disk)
+    assert (traffic.read_bytes, traffic.written_bytes) == (on_disk, 0)
+    assert "a forward reads" in traffic.describe()
     counters = slidecore.stats(model).disk_counters
     weights = sum(p.numel() * dtype.itemsize for p in model.parameters())
     assert counters["read_bytes"] >= 6 * (weights - slidecore.stats(model).planes_bytes - 2 * 48 * dtype.itemsize * 101)
@@ -190,8 +166,9 @@ def test_checkpoints_of_what_lies_on_disk(offload: Offload, tmp_path: Path) -> N
         assert torch.equal(mine, theirs)
 
 
-def test_traffic_is_what_was_foretold(offload: Offload, tmp_path: Path) -> None:
+def test_traffic_is_what_was_foretold(offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step reads and writes what the report says; weights in memory, so that nothing depends on the window."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no calibration
     plain = offload(language_model("llama", layers=5), compute_dtype=torch.bfloat16, **SMALL)
     weights = sum(engine_of(plain).planes.weight.of(c).nbytes for c in engine_of(plain).chunks)
     least = smallest(lambda: language_model("llama", layers=5), tmp_path, compute_dtype=torch.bfloat16)
@@ -205,12 +182,17 @@ def test_traffic_is_what_was_foretold(offload: Offload, tmp_path: Path) -> None:
     run.train(token_batches(3))
     slidecore.synchronize(run.model)
     after = slidecore.stats(run.model).disk_counters
-    traffic = engine_of(run.model).tiers.traffic()
+    traffic = slidecore.stats(run.model).disk_traffic
     assert {p.name for p in engine_of(run.model).tiers.on_disk} >= {"exp_avg", "exp_avg_sq", "residual"}
     assert "weight" not in {p.name for p in engine_of(run.model).tiers.on_disk}
     assert after["read_bytes"] - before["read_bytes"] == 3 * traffic.read_bytes > 0
     assert after["written_bytes"] - before["written_bytes"] == 3 * traffic.written_bytes > 0
-    assert "in 1000 steps" in traffic.describe()
+    assert traffic.terabytes_per_1000_steps == traffic.written_bytes / 1e9
+    assert traffic.seconds is None
+    assert traffic.terabytes_per_day is None
+    assert f"{traffic.terabytes_per_1000_steps:.3g} TB written in 1000 steps" in traffic.describe()
+    assert "saved inputs come on top" in traffic.describe()
+    assert slidecore.stats(plain).disk_traffic.written_bytes == 0
 
 
 def test_a_machine_short_of_memory(
@@ -265,7 +247,9 @@ def test_pressure_is_what_the_kernel_says(tmp_path: Path, monkeypatch: pytest.Mo
     assert host_pressure.low_water() == 2 * quiet
 
 
-def test_a_calibration_is_used(offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_calibration_is_used(
+    offload: Offload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("SLIDECORE_IO", raising=False)
     disk = tmp_path / "disk"
@@ -274,7 +258,10 @@ def test_a_calibration_is_used(offload: Offload, tmp_path: Path, monkeypatch: py
     made = calibration.Calibration(point, [point], [], "", "", 1)
     calibration.save(made, [str(disk)])
     least = smallest(lambda: language_model("llama"), disk)
-    model = offload(language_model("llama"), host_memory=least, disk=disk, **SMALL)
+    with caplog.at_level("INFO", "slidecore"):
+        model = offload(language_model("llama"), host_memory=least, disk=disk, **SMALL)
+    assert re.search(r"disk tier: .*\. Transfers by threads \(asked for\)", caplog.text)
+    assert ".;" not in caplog.text
     store = engine_of(model).tiers.store
     assert store is not None
     assert (store.transfers.backend, store.transfers.block_bytes, store.transfers.queue_depth) == (
@@ -282,7 +269,11 @@ def test_a_calibration_is_used(offload: Offload, tmp_path: Path, monkeypatch: py
         1 << 19,
         3,
     )
-    traffic = engine_of(model).tiers.traffic()
+    traffic = slidecore.stats(model).disk_traffic
+    assert traffic.terabytes_per_day is not None
+    assert f"at most {traffic.terabytes_per_day:.3g} TB" in traffic.describe()
+    assert traffic.seconds is not None
+    assert traffic.terabytes_per_day == pytest.approx(traffic.written_bytes / traffic.seconds * 86400 / 1e12)
     assert traffic.seconds == pytest.approx(traffic.read_bytes / 2e9 + traffic.written_bytes / 1e9)
     assert "the disk needs" in traffic.describe()
 
@@ -315,6 +306,9 @@ def test_bad_budgets_and_directories(offload: Offload, tmp_path: Path) -> None:
         offload(model, disk=tmp_path / "missing")
     with pytest.raises(ValueError, match="disk_memory= needs disk="):
         offload(model, disk_memory="1GiB")
+    for wrong in (5, b"/tmp", [tmp_path, 5], [b"/tmp"]):
+        with pytest.raises(TypeError, match=r"disk=.* must be a directory, or a list of directories"):
+            offload(model, disk=wrong)
     with pytest.raises(ValueError, match="host_memory='many'"):
         offload(model, host_memory="many")
     assert list(tmp_path.iterdir()) == []
@@ -353,6 +347,36 @@ def test_the_disk_budget_that_an_error_names_is_enough(offload: Offload, tmp_pat
     assert slidecore.stats(model).disk_memory == enough
     slidecore.close(model)
     offload(build(), host_memory=least, disk=tmp_path, disk_memory=enough, **common)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_error_of_a_budget_says_what_deferred_updates_add(
+    offload: Offload, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Both minima, of a step with one backward and of one with several, are enough, and the least that is."""
+
+    def build() -> nn.Module:
+        return language_model("llama")
+
+    def train(host_memory: int, accumulate: int) -> None:
+        directory = tmp_path / f"{host_memory} {accumulate}"
+        directory.mkdir()
+        options = {"compute_dtype": dtype, "disk": directory, "optimizer": {"update": "deferred"}, **SMALL}
+        Run(build(), offload, host_memory=host_memory, accumulate=accumulate, **options).train(token_batches(1))
+
+    with pytest.raises(slidecore.BudgetError, match="Deferred updates") as error:
+        train(1, 1)
+    least = re.search(r"at least (\d+) bytes", str(error.value))
+    added = re.search(r"need (\d+) bytes .* more, for gradients that wait(?:, or (\d+) bytes)?", str(error.value))
+    assert least is not None
+    assert added is not None
+    assert (added[2] is None) == (dtype == torch.float32)
+    for nbytes, accumulate in ((int(added[1]), 1), (int(added[2] or added[1]), 2)):
+        enough = int(least[1]) + nbytes
+        train(enough, accumulate)
+        with pytest.raises(slidecore.BudgetError, match=rf"at least {enough} bytes") as error:
+            train(enough - 1, accumulate)
+        assert "Deferred" not in str(error.value)  # they are counted by now
 
 
 def test_inputs_in_use_count_when_a_budget_changes(offload: Offload, tmp_path: Path) -> None:

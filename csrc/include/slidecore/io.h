@@ -57,7 +57,8 @@ class Region;
 
 // One swap file in each directory, "slidecore-swap.PID.bin", guarded by "slidecore-swap.lock". Both are removed by
 // the destructor (or remove_files()); a process that dies leaves them to the next Storage in the directory, which
-// removes them. Thread-safe after construction. A child of fork() must not use it, and leaves the files alone.
+// removes them. Thread-safe after construction. A child of fork() must not use it, and leaves the files alone. Paths
+// that are relative are so to the directory that the process is in during construction.
 class Storage {
  public:
   // Throws Error(invalid_argument) for no directories, one given twice, or one that does not exist; Error(state), with
@@ -71,6 +72,9 @@ class Storage {
   // needed and what is free in each directory; then nothing has changed.
   void reserve(std::uint64_t bytes);
 
+  // Gives the drives back what lies behind the last region, also where reserve() has preallocated it.
+  void trim();
+
   // A region of `bytes` (at least 1) whose content is undefined until written. Grows the files where reserve() has not.
   // The space returns when the last pointer to the region, and the last transfer that uses it, is gone. Regions keep
   // the files open, but not their names: they must not be used after the Storage is gone.
@@ -83,8 +87,8 @@ class Storage {
   std::uint64_t allocated_bytes() const;                   // of all regions, with their padding
   std::size_t alignment() const;                           // offsets and sizes that are multiples of it need no copy
   std::size_t memory_alignment() const;                    // likewise of addresses
-  const std::vector<DirectoryFacts>& directories() const;  // as they were at construction
-  const std::vector<std::string>& files() const;           // one path for each directory
+  const std::vector<DirectoryFacts>& directories() const;  // as they were at construction, with absolute paths
+  const std::vector<std::string>& files() const;           // one absolute path for each directory
   // Sentences: drives, direct or not and why, alignment, what was cleaned up.
   std::string describe() const;
 
@@ -138,7 +142,9 @@ struct TransferSpan {
 //
 // Every result is checked: short transfers continue, EINTR and EAGAIN are retried. Any other failure stops all
 // transfers and is thrown by the next call, and by every later one, with file, offset, size and reason. When it is
-// thrown nothing is in flight any more: memory may be freed. What was being written then is undefined.
+// thrown nothing is in flight any more: memory may be freed. What was being written then is undefined. A file that was
+// truncated is such a failure of the next transfer, wherever that reads or writes; holes punched into a file are not
+// found.
 //
 // All methods are thread-safe. Neither they nor the destructor may be called in a child of fork() (the destructor does
 // nothing there).
