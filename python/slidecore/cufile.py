@@ -24,6 +24,11 @@ LOAD_NVIDIA_FS = (
     "Load the nvidia-fs kernel module (NVIDIA's package nvidia-gds; in a container also pass in /dev/nvidia-fs* and "
     "/run/udev)"
 )
+# cuFile refuses file systems that it does not know, unless it is to copy through host memory anyway.
+REFUSED_FILES = (
+    "cufile.log in the current directory has cuFile's reasons. Where there is no nvidia-fs, CUFILE_FORCE_COMPAT_MODE="
+    "true in the environment lets cuFile take any file system, and copy through host memory"
+)
 _NVIDIA_FS = Path("/proc/driver/nvidia-fs")
 
 
@@ -75,7 +80,8 @@ def connect(device: _core.Device, storage: _core.Storage) -> _core.GpuDirect:
     try:
         direct = _core.GpuDirect(device, storage, paths)
     except _core.UnsupportedError as error:
-        raise UsageError(f"gpu_direct=True cannot be honoured: {error}", f"{INSTALL}, or {LEAVE_OFF}") from error
+        advice = REFUSED_FILES if "registering" in str(error) else INSTALL
+        raise UsageError(f"gpu_direct=True cannot be honoured: {error}", f"{advice}, or {LEAVE_OFF}") from error
     logger.info("saved inputs go between device memory and disk by %s", direct.describe())
     if not direct.direct:
         logger.warning(

@@ -28,6 +28,8 @@ SMALL = {"piece_bytes": 4096, "ring_pieces": 4}
 def usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(cufile.VARIABLE, raising=False)
     monkeypatch.setenv("CUFILE_LOGFILE_PATH", str(tmp_path / "cufile.log"))
+    if cufile.nvidia_fs() is None:
+        monkeypatch.setenv("CUFILE_FORCE_COMPAT_MODE", "true")
     try:
         _core.inspect_cufile(cufile.library_paths())
     except _core.UnsupportedError as error:
