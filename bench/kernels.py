@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", default="", help="of linear_cross_entropy: those whose name contains a word, a,b")
     parser.add_argument("--sweep", type=_integers, default=[], help="tiles of tokens to try, and eight pieces")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", help="also write the JSON to this file, after each group")
+    parser.add_argument("--out", help="also write the JSON to this file, after each measurement")
     parser.add_argument("--picture", help="draw the figures to this file (png, svg); needs matplotlib")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that all of it works")
     first = parser.parse_args(arguments)
@@ -113,11 +113,11 @@ def parameters_of(arguments: argparse.Namespace) -> int:
     return sum(torch.Size(shape).numel() for shape in block_shapes(arguments.parameters))
 
 
-def streaming(meter: Meter, arguments: argparse.Namespace) -> dict[str, Any]:
+def streaming(meter: Meter, arguments: argparse.Namespace, results: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Fills `results`, and calls `keep` after each of them."""
     from slidecore.triton import tuning
     from slidecore.triton.tune import cases
 
-    results: dict[str, Any] = {}
     for case in cases(arguments.parameters, meter.device):
         if not any(case.operation.split()[0] == group for group in arguments.only):
             continue
@@ -144,6 +144,7 @@ def streaming(meter: Meter, arguments: argparse.Namespace) -> dict[str, Any]:
             f"{case.bytes / median / copy:.1%} of it{'' if case.bytes / median >= 0.9 * copy else ', BELOW 90 %'}; "
             f"{config}"
         )
+        keep()
     meter.free()
     for name, (call, against) in peers(meter, arguments).items():
         try:
@@ -159,8 +160,8 @@ def streaming(meter: Meter, arguments: argparse.Namespace) -> dict[str, Any]:
                 factor = median / results[mine]["seconds"]["median"]
                 results[mine].setdefault("times_faster_than", {})[name] = factor
                 log(f"  {mine} is {factor:.2f} times as fast")
+        keep()
     meter.free()
-    return results
 
 
 def peers(meter: Meter, arguments: argparse.Namespace) -> dict[str, tuple[Callable[[], object], list[str]]]:
@@ -448,8 +449,8 @@ def main() -> int:
         document["copy_gb_per_s"] = copy_rate(meter, moved, arguments.repeats) / 1e9
         log(f"device-to-device copy of {moved / 2e9:.2f} GB: {document['copy_gb_per_s']:.0f} GB/s, read and written")
     if set(arguments.only) - {"copy", "linear_cross_entropy"}:
-        document["streaming"] = streaming(meter, arguments)
-        save(document, arguments)
+        document["streaming"] = {}
+        streaming(meter, arguments, document["streaming"], lambda: save(document, arguments, picture=False))
     if "linear_cross_entropy" in arguments.only:
         document["linear_cross_entropy"] = []
         for row in heads(meter, arguments):
@@ -460,12 +461,12 @@ def main() -> int:
     return 0
 
 
-def save(document: dict[str, Any], arguments: argparse.Namespace) -> None:
+def save(document: dict[str, Any], arguments: argparse.Namespace, picture: bool = True) -> None:
     """What there is so far: a run that is cut off leaves it."""
     if arguments.out:
         Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.out).write_text(json.dumps(document, indent=2) + "\n")
-    if arguments.picture:
+    if arguments.picture and picture:
         draw(document, arguments.picture)
 
 

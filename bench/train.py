@@ -14,6 +14,7 @@ import selectors
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--resident-options", type=_options, default={}, help="JSON: micro_batch, recompute, tile")
     run.add_argument("--fsdp2-options", type=_options, default={}, help="JSON: as resident, and reduce_dtype")
     run.add_argument("--timeout", type=float, default=1800.0, help="seconds a system may take in all")
-    parser.add_argument("--out", help="also write the JSON to this file, after each system")
+    parser.add_argument("--out", help="also write the JSON to this file, after each batch size")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps: checks that all of it works")
     first = parser.parse_args(arguments)
     if first.quick:
@@ -164,9 +165,14 @@ def _per_parameter(result: dict[str, Any]) -> None:
         }
 
 
-def run_system(system: str, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """Runs one system in its own process and gathers its events. A failure is a result too: its `error`."""
-    result: dict[str, Any] = {"system": system, "options": job["options"], "batches": {}, "host_memory": {}}
+def run_system(
+    system: str, job: dict[str, Any], timeout_s: float, result: dict[str, Any], keep: Callable[[], None]
+) -> None:
+    """Runs one system in its own process and gathers its events in `result`, calling `keep` after each.
+
+    A failure is a result too: its `error`.
+    """
+    result.update(system=system, options=job["options"], batches={}, host_memory={})
     idle = used_bytes()
     read_end, write_end = os.pipe()
     # Whatever the worker prints belongs with the progress: standard output carries only the JSON.
@@ -208,6 +214,7 @@ def run_system(system: str, job: dict[str, Any], timeout_s: float) -> dict[str, 
             while b"\n" in pending:
                 line, _, pending = pending.partition(b"\n")
                 finished = _take_event(json.loads(line), result, sampler, system) or finished
+                keep()
                 try:
                     worker.stdin.write("\n")
                     worker.stdin.flush()
@@ -221,7 +228,6 @@ def run_system(system: str, job: dict[str, Any], timeout_s: float) -> dict[str, 
     if code != 0 and "error" not in result:
         result["error"] = f"the process ended with code {code}" + (" (killed: out of memory?)" if code == -9 else "")
     _per_parameter(result)
-    return result
 
 
 def _take_event(event: dict[str, Any], result: dict[str, Any], sampler: HostMemorySampler, system: str) -> bool:
@@ -288,6 +294,13 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return compared
 
 
+def _keep(document: dict[str, Any], out: str | None) -> None:
+    """What there is so far: a run that is cut off leaves it."""
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(document, indent=2) + "\n")
+
+
 def main() -> int:
     arguments = parse()
     device = _device(arguments.device)
@@ -320,11 +333,10 @@ def main() -> int:
             "warmup": arguments.warmup,
             "options": _system_options(arguments, system),
         }
-        document["systems"][system] = run_system(system, job, arguments.timeout)
+        result = document["systems"][system] = {}
+        run_system(system, job, arguments.timeout, result, lambda: _keep(document, arguments.out))
         document["compared"] = compare(document["systems"])
-        if arguments.out:
-            Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(arguments.out).write_text(json.dumps(document, indent=2) + "\n")
+        _keep(document, arguments.out)
     emit(document, arguments.out)
     failed = [name for name, result in document["systems"].items() if "error" in result]
     if failed:
