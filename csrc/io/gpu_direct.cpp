@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -21,7 +22,14 @@
 namespace slidecore {
 namespace {
 
-constexpr int kAttempts = 8;  // in a row that move less than a block
+constexpr int kAttempts = 12;  // in a row that move less than a block
+
+// Whether a call that failed may be made again, after a pause that grows with the attempts: to 4 s in all.
+bool again(std::int64_t result, int& attempts) {
+  if ((result != -EINTR && result != -EAGAIN) || ++attempts == kAttempts) return false;
+  std::this_thread::sleep_for(std::chrono::milliseconds(1 << attempts >> 1));
+  return true;
+}
 
 // Runs the work on a thread of its own, with the device current there: neither cuFile nor this class shall change
 // what is current on the caller's thread.
@@ -164,9 +172,7 @@ void GpuDirect::Impl::transfer_extent(bool write, std::size_t drive, const Regio
     ++requests;
     const std::int64_t moved = write ? driver->write(handles[drive], memory, left, offset, extent.memory_offset + at)
                                      : driver->read(handles[drive], memory, left, offset, extent.memory_offset + at);
-    if (moved == -EINTR || moved == -EAGAIN) {
-      if (++attempts < kAttempts) continue;
-    }
+    if (again(moved, attempts)) continue;
     if (moved < 0) fail(write, region, drive, offset, left, device::failure_text(moved));
     const auto done = std::min(static_cast<std::size_t>(moved), left);
     if (done == left) return;
@@ -193,15 +199,17 @@ void GpuDirect::Impl::transfer_end(bool write, const Region& region, char* memor
     device->to_host(block.get(), memory + at, bytes, stream);
     device->synchronize(stream);
   }
+  int attempts = 0;
   for (std::size_t done = 0; done < unit;) {
     const long moved = write ? files.calls->pwrite(fd, block.get() + done, unit - done, place.offset + done)
                              : files.calls->pread(fd, block.get() + done, unit - done, place.offset + done);
-    if (moved == -EINTR || moved == -EAGAIN) continue;
+    if (again(moved, attempts)) continue;
     if (moved <= 0) {
       fail(write, region, place.drive, place.offset + done, unit - done,
            device::failure_text(moved == 0 ? -EIO : moved));
     }
     done += static_cast<std::size_t>(moved);
+    attempts = 0;
   }
   if (!write) {
     device->to_device(memory + at, block.get(), bytes, stream);

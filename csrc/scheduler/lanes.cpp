@@ -296,10 +296,12 @@ void Scheduler::Impl::update_step(std::unique_lock<std::mutex>& lock) {
       changed.wait(lock);
       continue;
     }
-    // Of a read and a landing nobody knows which is over first, and nobody tells: the lane looks again.
+    // Where pieces wait for reads and others for landings, nobody knows which is over first, and nobody tells: the lane
+    // looks again.
     const bool either =
-        piece.awaits != Awaits::nothing &&
-        std::any_of(updates.begin(), updates.end(), [](const auto& t) { return t.stage != UpdateTask::Stage::none; });
+        piece.awaits != Awaits::nothing && std::any_of(updates.begin(), updates.end(), [&](const UpdateTask& t) {
+          return piece.awaits == Awaits::read ? t.landed != 0 && !t.has_landed : t.stage != UpdateTask::Stage::none;
+        });
     if (!either) break;
     changed.wait_for(lock, kLookAgain);
   }

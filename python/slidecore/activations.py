@@ -315,11 +315,12 @@ class Activations:
         """
         wanted = [s and t.is_floating_point() for t, s in zip(tensors, split, strict=True)]
         with self._beside(use, kept, graph=False) as state:
-            buffers = Buffers.capture(use.module)
-            twins = [
-                [t.detach() for t in self._run_rows(use, call, tensors, wanted, split, state, [sample, sample])[1]]
-                for sample in (0, 1)
-            ]
+            twins = []
+            for sample in (0, 1):
+                # Before the second run: a cache that the first has filled, or let grow, is no state.
+                buffers = Buffers.capture(use.module)
+                _, outputs = self._run_rows(use, call, tensors, wanted, split, state, [sample, sample])
+                twins.append([t.detach() for t in outputs])
             if buffers.changed():
                 return False  # each micro-batch would start from those that the one before has left
             random = RandomState.capture(self._engine.backend.torch_device)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slidecore.partition import Chunk, Entry
+from slidecore.repeating import version_of
 
 if TYPE_CHECKING:
     from slidecore.engine import Engine
@@ -21,20 +22,21 @@ if TYPE_CHECKING:
 def note_version(entry: Entry) -> None:
     """What the entry's parameter holds now is known."""
     with torch._C.DisableTorchFunctionSubclass():
-        entry.version = entry.parameter._version
+        entry.version = version_of(entry.parameter)
 
 
 def edited(places: Iterable[tuple[Chunk, Entry]]) -> list[tuple[Chunk, Entry]]:
     """Those whose parameters were changed since `note_version`."""
     # Parameters that are not in memory answer through their class, at a price that a loop over thousands would notice.
     with torch._C.DisableTorchFunctionSubclass():
-        return [(chunk, entry) for chunk, entry in places if entry.parameter._version != entry.version]
+        return [(chunk, entry) for chunk, entry in places if version_of(entry.parameter) != entry.version]
 
 
-def take_over(engine: Engine, places: Iterable[tuple[Chunk, Entry]]) -> list[str]:
-    """Makes edits of these parameters count, as master values and for the next visits; returns the edited ones' names.
+def take_over(engine: Engine, places: Iterable[tuple[Chunk, Entry]]) -> None:
+    """Makes edits of these parameters count, as master values and for the next visits.
 
-    Where there are any, waits for pending updates. Forwards made before can then no longer be differentiated.
+    Where there are any, waits for pending updates. Forwards made before can then no longer be differentiated. step()
+    reports those that were made beside overlapping updates.
 
     Raises:
         Error: a lane has failed.
@@ -44,7 +46,8 @@ def take_over(engine: Engine, places: Iterable[tuple[Chunk, Entry]]) -> list[str
         engine.scheduler.synchronize()
         for chunk, entry in found:
             overwritten(engine, chunk, entry)
-    return [entry.name for _, entry in found]
+        if engine.state == "updated":
+            engine.edited_in_update += [entry.name for _, entry in found]
 
 
 def overwritten(engine: Engine, chunk: Chunk, entry: Entry) -> None:

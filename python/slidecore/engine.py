@@ -164,8 +164,10 @@ class Engine:
             train=train,
             gpu_direct=backend.core if gpu_direct else None,
         )
-        host_pressure.warn_if_short(self.tiers.planned_bytes())
         try:
+            # The model's own weights are freed one at a time as they move into their plane.
+            moving = [e.parameter for c in self.chunks for e in c.entries if e.parameter.device.type == "cpu"]
+            host_pressure.warn_if_short(self.tiers.planned_bytes() - sum(p.nbytes for p in moving))
             self._build(model, kept, moments, threads, piece_bytes, ring_pieces)
         except BaseException:
             self.tiers.close()
@@ -246,6 +248,7 @@ class Engine:
         self.optimizer: weakref.ref[AdamW] | None = None
         self._trains = any(chunk.trainable_numel for chunk in self.chunks)
         self.state = "idle"
+        self.edited_in_update: list[str] = []  # parameters that users changed between backward and step()
         self.generation = 0  # of the weights: passes that updated them
         self._sums: dict[Chunk, GradientSum] = {}
         self._pending: Counter[Chunk] = Counter()
@@ -631,12 +634,13 @@ class Engine:
         self.scheduler.check()
         if self.state == "backward":
             self._give_up_backward()
-        updated, self.state = self.state == "updated", "idle"
-        edited = self.take_over_edits()
+        self.take_over_edits()
+        edited, self.edited_in_update = self.edited_in_update, []
+        self.state = "idle"
         self.updates.step(optimizer)
         if self._passes:
             self._passes_to_step, self._passes = self._passes, 0
-        if updated and edited:
+        if edited:
             raise UsageError(
                 f"{edited[0]} was changed in place between backward and step(), while backward was updating it "
                 f"(overlap updates). Change parameters after step() and slidecore.synchronize(model), or use "
@@ -678,9 +682,9 @@ class Engine:
                 for entry in updated:
                     entry.step = 0
 
-    def take_over_edits(self) -> list[str]:
-        """Makes count what users have changed in parameters; returns the names of those. See `edits`."""
-        return take_over(self, self.entries.values())
+    def take_over_edits(self) -> None:
+        """Makes count what users have changed in parameters. See `edits`."""
+        take_over(self, self.entries.values())
 
     def drain(self) -> None:
         """Waits until planes and lanes are at rest; errors of lanes are raised."""

@@ -74,7 +74,7 @@ class _Buffer:
     value: torch.Tensor
 
     def has_changed(self) -> bool:
-        return self.owner._buffers.get(self.name) is not self.tensor or _version(self.tensor) != self.version
+        return self.owner._buffers.get(self.name) is not self.tensor or version_of(self.tensor) != self.version
 
 
 class Buffers:
@@ -87,7 +87,7 @@ class Buffers:
     def capture(module: nn.Module) -> Buffers:
         return Buffers(
             [
-                _Buffer(owner, name, tensor, _version(tensor), tensor.clone())
+                _Buffer(owner, name, tensor, version_of(tensor), tensor.clone())
                 for owner in module.modules()
                 for name, tensor in owner._buffers.items()
                 if tensor is not None
@@ -108,8 +108,12 @@ class Buffers:
             buffer.tensor.data.copy_(buffer.value)  # not a modification that graphs should complain about
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # which tensors made under inference_mode do not have
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor was modified in place; 0 for those made under inference_mode, which are not counted."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 @contextlib.contextmanager

@@ -24,7 +24,9 @@ from slidecore.graphs import VisitGraph, outliving
 from slidecore.integrations.transformers_caches import refuse_cache
 from slidecore.kept import KeptParameter, replaced, trained
 from slidecore.micro_batches import input_gradients, join, output_gradients, part, same
+from slidecore.parameters import check_pointing
 from slidecore.partition import Chunk, Entry
+from slidecore.refusals import check_held, check_trainable
 from slidecore.repeating import Buffers, RandomState, in_modes, unchanged_buffers
 from slidecore.saved_inputs import SavedInput
 
@@ -230,6 +232,10 @@ class Visits:
         engine = self._engine
         engine.scheduler.check()
         if not engine.in_root:  # which has looked already
+            check_held(use.chunk.entries)
+            check_pointing(engine.planes, use.chunk)
+            if engine.train and torch.is_grad_enabled():
+                check_trainable(use.chunk.entries)
             take_over(engine, [(use.chunk, entry) for entry in use.chunk.entries])
         if not torch.is_grad_enabled():
             return self._inference(use, args, kwargs)

@@ -145,6 +145,29 @@ def test_edit_between_backward_and_step(offload: Offload) -> None:
             assert worst(distance(weights(model), weights(reference), least_dim=1))[0] < 1e-6
 
 
+def test_edit_beside_overlapping_updates_is_told_whatever_came_between(offload: Offload) -> None:
+    model, batch = offload(Stack().train()), feature_batches(1)[0]
+    optimizer = slidecore.AdamW(model.parameters(), lr=1e-3)
+    loss_of(model, batch).backward()
+    nn.init.constant_(model.leave.weight, 0.5)
+    with torch.no_grad():
+        model(batch["x"])
+    with pytest.raises(slidecore.UsageError, match=r"leave\.weight was changed in place between"):
+        optimizer.step()
+    train_offloaded(model, [batch], optimizer=lambda _: optimizer)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_models_that_were_made_in_inference_mode(offload: Offload, train: bool) -> None:
+    batch = feature_batches(1)[0]
+    with torch.inference_mode():
+        model = Stack().train(train)
+        expected = model(batch["x"])
+    offload(model, train=train)
+    with torch.no_grad():
+        assert torch.equal(model(batch["x"]), expected)
+
+
 def test_what_is_loaded_after_an_edit_stays(offload: Offload) -> None:
     """The residuals of an optimizer's state, and of an assigned master, are not taken for those of before the edit."""
     model = offload(Stack().train(), compute_dtype=BF16)

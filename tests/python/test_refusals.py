@@ -143,8 +143,9 @@ def test_replacing_the_data(offload: Offload, how: str) -> None:
         model.enter.weight.data = torch.zeros(13, 7)
     else:
         model.enter.double()
-    with pytest.raises(slidecore.UsageError, match=r"enter\.weight\.data was replaced after offload.*assign_parameter"):
-        model(batch["x"])
+    for called in (model, model.enter):  # a part may be called by itself
+        with pytest.raises(slidecore.UsageError, match=r"enter\.weight\.data was replaced after .*assign_parameter"):
+            called(batch["x"])
 
 
 class Renormalised(nn.Module):

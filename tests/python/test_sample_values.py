@@ -92,6 +92,29 @@ def test_independent_samples_are_split(offload: Offload, kind: str, dtype: torch
     assert all(plan.micro_batches > 1 for plan in engine_of(model).activations._plans.values())
 
 
+class Caching(Residual):
+    """A residual block with a table that grows with the sequences it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__(13, 29)
+        self.register_buffer("table", torch.ones(1, 1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2] > len(self.table):
+            self.table = torch.ones(x.shape[-2], 1)
+        return super().forward(x) * self.table[: x.shape[-2]]
+
+
+def test_a_cache_that_grows_is_no_reason_to_run_a_batch_whole(offload: Offload) -> None:
+    plain = Stack(block=Caching).train()
+    model, batches = offload(clone(plain), micro_batch=2), feature_batches(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        losses = train_offloaded(model, batches)
+    assert losses == pytest.approx(train_plain(plain, batches), abs=1e-6)
+    assert all(plan.micro_batches > 1 for plan in engine_of(model).activations._plans.values())
+
+
 def test_values_that_are_compared() -> None:
     two = [torch.randn(2, 3, 5)]
     same = [two[0][:1].repeat(2, 1, 1)], [two[0][1:].repeat(2, 1, 1)]
