@@ -66,7 +66,7 @@ demo: $(stamps)/package
 test: test-python test-cpp test-downstream
 
 test-python: $(stamps)/test
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pytest
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pytest -n $(JOBS)
 
 test-cpp: $(stamps)/venv
 	scripts/check_compiler.sh
