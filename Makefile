@@ -74,10 +74,10 @@ test-cpp: $(stamps)/venv
 	scripts/cpp_tests.sh asan $(JOBS)
 	scripts/cpp_tests.sh tsan $(JOBS)
 
-# Two installed copies: that of `cmake --install`, and the one inside the wheel.
+# Two installed copies: that of `cmake --install`, of what test-cpp has tested, and the one inside the wheel.
 test-downstream: $(stamps)/package
-	cmake --preset release && cmake --build --preset release --parallel $(JOBS)
-	rm -rf build/prefix && cmake --install build/release --prefix build/prefix
+	cmake --preset ci && cmake --build --preset ci --parallel $(JOBS)
+	rm -rf build/prefix && cmake --install build/ci --prefix build/prefix
 	scripts/downstream.sh prefix $(abspath build/prefix)
 	scripts/downstream.sh wheel "$$($(python) -c \
 	  'from importlib.util import find_spec; print(find_spec("slidecore").submodule_search_locations[0])')"
