@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-SAMPLE_BYTES = 4 << 30  # moved per measurement, or as much as there is room for
+# Moved per measurement, or as much as there is room for; not a thousand times what a small model has there.
+SAMPLE_BYTES, SMALLEST_SAMPLE, SAMPLE_OF_STORE = 4 << 30, 64 << 20, 8
 
 
 def per_step(before: dict[str, int], after: dict[str, int], steps: int, seconds: float) -> dict[str, float]:
@@ -24,7 +25,8 @@ def measure_rates(store: Any) -> dict[str, float]:
     from slidecore.drives import Workload
 
     free = min(facts.free_bytes for facts in store.storage.directories) * len(store.storage.directories)
-    sample = min(SAMPLE_BYTES, free // 2) // 4096 * 4096
+    enough = max(SMALLEST_SAMPLE, SAMPLE_OF_STORE * store.nbytes)
+    sample = min(SAMPLE_BYTES, enough, free // 2) // 4096 * 4096
     work = Workload(store.storage, sample)
     return {mode: max(work.run(store.transfers, mode).gb_per_s for _ in range(2)) for mode in ("read", "write", "both")}
 
