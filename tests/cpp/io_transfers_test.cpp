@@ -209,11 +209,12 @@ TEST_P(TransfersTest, DropWhatWaitsAndLeaveNothingBehind) {
   {
     const auto storage = make_storage(directories);
     for (int round = 0; round < 10; ++round) {
-      Memory memory(5'000'000, 3);
-      const auto region = storage->allocate("dropped", memory.size());
+      // Nothing orders two transfers under way, so that they cannot share memory.
+      Memory from(5'000'000, 3), into(5'000'000);
+      const auto region = storage->allocate("dropped", from.size());
       Transfers transfers(storage, options());
-      transfers.write(region, 0, memory.data(), memory.size());
-      transfers.read(region, 0, memory.data(), memory.size());
+      transfers.write(region, 0, from.data(), from.size());
+      transfers.read(region, 0, into.data(), into.size());
     }  // the memory goes right after its transfers
   }
   expect_no_more_threads(threads);
