@@ -123,14 +123,18 @@ def core_facts() -> dict[str, Any]:
     }
 
 
-def emit(result: dict[str, Any], out: str | None) -> None:
-    """Prints the result as JSON on standard output and, when asked, writes the same to a file."""
-    text = json.dumps(result, indent=2)
-    print(text, flush=True)
+def keep(result: dict[str, Any], out: str | None) -> None:
+    """Writes what there is so far to the file asked for: a run that is cut off leaves it."""
     if out:
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def emit(result: dict[str, Any], out: str | None) -> None:
+    """Prints the result as JSON on standard output and, when asked, writes the same to a file."""
+    keep(result, out)
+    print(json.dumps(result, indent=2), flush=True)
 
 
 def log(*words: object) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import core_facts, emit, log, machine
+from _machine import core_facts, emit, keep, log, machine
 from _model import Shape, build_empty, describe, fill
 from slidecore.sizes import parse_size
 
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loads", default="load,load_without_verification", help="which ways to load (default: both)")
     parser.add_argument("--disk-size", help="bytes of the disk's own measurement (default: those of the checkpoint)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="also write the JSON to this file")
+    parser.add_argument("--out", help="also write the JSON to this file, after each part")
     parser.add_argument("--quick", action="store_true", help="the tiny model once: checks that all of it works")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -251,6 +251,7 @@ def main() -> None:
             "checksum_gb_per_s": measure_checksums(arguments.repeats),
             "save": {**figures(saves, nbytes), "host_memory_above_bytes": above},
         }
+        keep(result, arguments.out)
         for name in arguments.loads:
             verify = LOADS[name]
             loads, above = [], 0
@@ -267,6 +268,7 @@ def main() -> None:
                 above = max(above, memory.above)
                 log(f"{name} in {loads[-1]:.2f} s")
             result[name] = {**figures(loads, nbytes), "host_memory_above_bytes": above}
+            keep(result, arguments.out)
         shutil.rmtree(path)
         log("the disk by itself")
         disk = measure_disk(base / "plain", arguments.disk_size or nbytes, threads, arguments.repeats)

@@ -8,13 +8,14 @@ the peer take turns, each round beginning with the next, so that what else the d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
 from typing import Any
 
 from _disk_peers import Peer, find
-from _machine import emit, log, machine
+from _machine import emit, keep, log, machine
 from slidecore import _core
 from slidecore.drives import Rate, Workload, identify
 from slidecore.sizes import parse_size
@@ -79,7 +80,7 @@ def main() -> int:
     parser.add_argument("--depths", default="4,16", help="queue depths per drive")
     parser.add_argument("--backends", default="uring,threads")
     parser.add_argument("--peer", choices=("auto", "fio", "loop", "none"), default="auto")
-    parser.add_argument("--out", help="also write the JSON to this file")
+    parser.add_argument("--out", help="also write the JSON to this file, after each block size and depth")
     parser.add_argument("--quick", action="store_true", help="few bytes: checks that all of it works")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -121,19 +122,17 @@ def main() -> int:
         try:
             document["storage"] = storage.describe()
             work = Workload(storage, nbytes)
-            if isinstance(found, str):
-                document["skipped"]["peer"] = found
+            with contextlib.ExitStack() as stack:
+                peer: Peer | None = None
+                if isinstance(found, str):
+                    document["skipped"]["peer"] = found
+                else:
+                    document["peer"] = found.name
+                    peer = stack.enter_context(found)
                 for block in blocks:
                     for depth in depths:
-                        document["results"] += measure(storage, work, None, backends, block, depth, arguments.repeats)
-            else:
-                document["peer"] = found.name
-                with found as peer:
-                    for block in blocks:
-                        for depth in depths:
-                            document["results"] += measure(
-                                storage, work, peer, backends, block, depth, arguments.repeats
-                            )
+                        document["results"] += measure(storage, work, peer, backends, block, depth, arguments.repeats)
+                        keep(document, arguments.out)
         finally:
             storage.close()
     emit(document, arguments.out)

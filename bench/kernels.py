@@ -10,7 +10,6 @@ import argparse
 import gc
 import importlib.util
 import itertools
-import json
 import logging
 import statistics
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _machine import emit, log, machine
+from _machine import emit, keep, log, machine
 
 GROUPS = ("copy", "adamw", "accumulate", "split", "merge", "square_sum", "linear_cross_entropy")
 QUICK = {"parameters": 20000, "repeats": 2, "tokens": [8, 12], "hidden": [16], "vocabulary": 100}
@@ -200,7 +199,12 @@ def peers(meter: Meter, arguments: argparse.Namespace) -> dict[str, tuple[Callab
             torch._foreach_copy_(own, sums)
             torch._foreach_norm(own, 2.0, torch.float32)
 
+        def add_mixed() -> None:
+            for total, gradient in zip(sums, own, strict=True):
+                total.add_(gradient)
+
         made["torch grad.float() adds"] = (add, ["accumulate"])
+        made["torch add_ of bf16 to float32"] = (add_mixed, ["accumulate"])  # one kernel a tensor, no float32 copy
         made["torch grad.float() adds, rounding, norm"] = (add_and_round, ["accumulate, last"])
         made["torch foreach_norm"] = (lambda: torch._foreach_norm(own, 2.0, torch.float32), ["square_sum"])
     if "split" in arguments.only or "merge" in arguments.only:
@@ -462,10 +466,7 @@ def main() -> int:
 
 
 def save(document: dict[str, Any], arguments: argparse.Namespace, picture: bool = True) -> None:
-    """What there is so far: a run that is cut off leaves it."""
-    if arguments.out:
-        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.out).write_text(json.dumps(document, indent=2) + "\n")
+    keep(document, arguments.out)
     if arguments.picture and picture:
         draw(document, arguments.picture)
 

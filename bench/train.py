@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from _disk import limit_seconds
-from _machine import emit, log, machine
+from _machine import emit, keep, log, machine
 from _memory import HostMemorySampler, used_bytes
 
 SYSTEMS = ("resident", "fsdp2-offload", "slidecore")
@@ -294,13 +294,6 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return compared
 
 
-def _keep(document: dict[str, Any], out: str | None) -> None:
-    """What there is so far: a run that is cut off leaves it."""
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(document, indent=2) + "\n")
-
-
 def main() -> int:
     arguments = parse()
     device = _device(arguments.device)
@@ -334,9 +327,9 @@ def main() -> int:
             "options": _system_options(arguments, system),
         }
         result = document["systems"][system] = {}
-        run_system(system, job, arguments.timeout, result, lambda: _keep(document, arguments.out))
+        run_system(system, job, arguments.timeout, result, lambda: keep(document, arguments.out))
         document["compared"] = compare(document["systems"])
-        _keep(document, arguments.out)
+        keep(document, arguments.out)
     emit(document, arguments.out)
     failed = [name for name, result in document["systems"].items() if "error" in result]
     if failed:

@@ -29,7 +29,7 @@ def output_of(script: str, *arguments: str, code: int = 0) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
     )
     assert answer.returncode == code, answer.stderr
-    return json.loads(answer.stdout)  # type: ignore[no-any-return]
+    return json.loads(answer.stdout or "{}")  # type: ignore[no-any-return]
 
 
 def run(script: str, *arguments: str, code: int = 0) -> dict[str, Any]:
@@ -218,3 +218,22 @@ def test_disk(tmp_path: Path, peer: str) -> None:
     assert document["counts"] != _core.inspect_directory(str(tmp_path)).in_memory
     assert ("peer" in document) != ("peer" in document["skipped"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_card_measures_what_it_is_asked_and_records_how_it_ended(tmp_path: Path) -> None:
+    require_engine()
+    disk = tmp_path / "drive"
+    out = tmp_path / "results"
+    assert output_of("card.py", str(out), "--only", "adamw,disk", "--disk", str(disk), "--quick") == {}
+    card = json.loads((out / "card.json").read_text())
+    assert {name: entry["result"] for name, entry in card["measurements"].items()} == {"adamw": "ok", "disk": "ok"}
+    assert json.loads((out / "adamw.json").read_text())["command"][:2] == ["--isa", "all"]
+    measured = (out / "disk.json").read_text()
+    assert json.loads(measured)["command"][0] == "DISK"
+    assert str(tmp_path) not in measured
+
+    (tmp_path / "file").touch()
+    output_of("card.py", str(out), "--only", "disk", "--disk", str(tmp_path / "file"), "--quick", code=2)
+    output_of("card.py", str(out), "--only", "adamw", "--quick", "--seconds", "1", code=1)
+    card = json.loads((out / "card.json").read_text())
+    assert card["measurements"]["adamw"]["result"].startswith("skipped")
