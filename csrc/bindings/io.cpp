@@ -102,14 +102,17 @@ void bind_storage(py::module_& m) {
       .def_property_readonly("directories", [](const StorageHandle& s) { return s.get().directories(); })
       .def_property_readonly("files", [](const StorageHandle& s) { return s.get().files(); })
       .def("describe", [](const StorageHandle& s) { return s.get().describe(); })
-      .def("close", [](StorageHandle& s) {
-        try {
-          s.get().remove_files();
-        } catch (const Error&) {
-          return;  // closed before
-        }
-        s.close();
-      });
+      .def(
+          "close",
+          [](StorageHandle& s) {
+            try {
+              s.get().remove_files();
+            } catch (const Error&) {
+              return;  // closed before
+            }
+            s.close();
+          },
+          ReleaseGil());
 }
 
 void bind_transfers(py::module_& m) {

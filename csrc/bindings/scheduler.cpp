@@ -159,7 +159,8 @@ void bind_sink(py::module_& m) {
              std::size_t stage_elements) {
             sink.use_disk(transfers.shared(), std::move(device), stages, stage_elements);
           },
-          py::arg("transfers"), py::arg("device"), py::kw_only(), py::arg("stages"), py::arg("stage_elements"))
+          py::arg("transfers"), py::arg("device"), py::kw_only(), py::arg("stages"), py::arg("stage_elements"),
+          ReleaseGil())
       .def("place", &place, py::arg("chunk"), py::kw_only(), py::arg("memory"), py::arg("disk"))
       .def_property_readonly("staging_bytes", &AdamWSink::staging_bytes)
       .def("squares", &AdamWSink::squares, py::arg("chunk"))
@@ -178,7 +179,7 @@ void bind_scheduler(py::module_& m) {
       .def(py::init(&make_scheduler), py::arg("device"), py::arg("chunks"), py::arg("windows"), py::arg("sink"),
            py::arg("piece_bytes") = defaults.piece_bytes, py::arg("ring_pieces") = defaults.ring_pieces,
            py::arg("trace_spans") = defaults.trace_spans, py::arg("transfers") = nullptr,
-           py::arg("disk_pieces") = defaults.disk_pieces, py::arg("gpu_direct") = nullptr)
+           py::arg("disk_pieces") = defaults.disk_pieces, py::arg("gpu_direct") = nullptr, ReleaseGil())
       .def(
           "set_schedule",
           [](const Handle& s, const std::vector<VisitTuple>& visits) {

@@ -156,11 +156,11 @@ void GpuDirect::Impl::transfer(bool write, const Region& region, char* memory, s
   } catch (...) {
     failures[0] = std::current_exception();
   }
-  threads.clear();  // joins them
+  threads.clear();                               // joins them
+  if (!write) files.check_files(false, region);  // where a file is too short, that is why others failed
   for (const std::exception_ptr& failure : failures) {
     if (failure != nullptr) std::rethrow_exception(failure);
   }
-  if (!write) files.check_files(false, region);
 }
 
 void GpuDirect::Impl::transfer_extent(bool write, std::size_t drive, const Region& region, char* memory,

@@ -40,6 +40,7 @@ struct Job {
   std::vector<Part> parts;
   std::vector<double> squares;  // of each part
   std::size_t segments = 0;
+  std::size_t consumed = 0;  // bytes of the gradient
 };
 
 struct Chunk {
@@ -176,6 +177,7 @@ struct AdamWSink::Impl {
   }
 
   std::size_t first_element(const Chunk& chunk, std::size_t offset_bytes) const;
+  bool next_is_a_sum(const Chunk& chunk) const;
 
   std::shared_ptr<ThreadPool> pool;
   std::unique_ptr<Staging> staging;  // null: every plane is in memory
@@ -305,6 +307,11 @@ void AdamWSink::consume(std::uint32_t index, std::size_t offset_bytes, const voi
                                             std::to_string(first + count) + " cuts a group of 8-bit moments, of " +
                                             std::to_string(whole) + "; give pieces of a multiple of 4096 bytes");
   }
+  if (offset_bytes != job.consumed) {
+    throw Error(Code::invalid_argument, label(index) + ": a piece at byte " + std::to_string(offset_bytes) +
+                                            " of the gradient, of which " + std::to_string(job.consumed) +
+                                            " bytes have come: pieces go in their order");
+  }
   check_gradient(piece, job.type, count);
   // Blocks as parts count them, so that no two threads share one.
   const std::size_t skew = job.sum == nullptr ? 0 : first % adamw_block_size;
@@ -318,12 +325,19 @@ void AdamWSink::consume(std::uint32_t index, std::size_t offset_bytes, const voi
       sum_block(job, piece, first, from, to);
     }
   });
+  job.consumed += bytes;
   if (from_disk) impl_->staging->finish(index, first);
 }
 
 void AdamWSink::end(std::uint32_t index) {
   Chunk& chunk = impl_->chunk(index);
   if (!chunk.begun) throw Error(Code::state, label(index) + " ended a submission that had not begun");
+  const std::size_t whole = chunk.n * gradient_bytes(chunk.active.type);
+  if (chunk.active.consumed != whole) {
+    throw Error(Code::invalid_argument, label(index) + " got " + std::to_string(chunk.active.consumed) +
+                                            " bytes of a gradient of " + std::to_string(whole) +
+                                            ": a submission is the whole gradient, of the type that was prepared");
+  }
   std::vector<double> squares(chunk.active.segments);
   for (std::size_t i = 0; i < chunk.active.parts.size(); ++i) {
     squares[chunk.active.parts[i].segment] += chunk.active.squares[i];
@@ -347,8 +361,17 @@ std::size_t AdamWSink::Impl::first_element(const Chunk& chunk, std::size_t offse
   return offset_bytes / gradient_bytes(chunk.prepared.empty() ? chunk.type : chunk.prepared.front().type);
 }
 
+bool AdamWSink::Impl::next_is_a_sum(const Chunk& chunk) const {
+  const std::lock_guard lock(mutex);
+  if (chunk.begun) return chunk.active.sum != nullptr;
+  return !chunk.prepared.empty() && chunk.prepared.front().sum != nullptr;
+}
+
 bool AdamWSink::stage(std::uint32_t index, std::size_t offset_bytes, std::size_t bytes) {
   const Chunk& chunk = impl_->chunk(index);
+  if (impl_->next_is_a_sum(chunk)) {
+    throw Error(Code::state, label(index) + ": a sum was prepared for what is submitted as an update");
+  }
   const std::size_t first = impl_->first_element(chunk, offset_bytes);
   const std::size_t end = impl_->first_element(chunk, offset_bytes + bytes);
   if (end > chunk.n) return true;  // consume() refuses it

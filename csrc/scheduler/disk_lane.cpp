@@ -162,7 +162,7 @@ void Scheduler::Impl::wait_for_writes(const Region* region) {
   std::vector<Ticket> writes;
   {
     const std::lock_guard lock(mutex);
-    writes = input_writes[region];
+    if (auto found = input_writes.extract(region)) writes = std::move(found.mapped());
   }
   for (const Ticket write : writes) options.transfers->wait(write);
 }

@@ -121,9 +121,12 @@ void Scheduler::Impl::upload_weights(const UploadTask& task, std::unique_lock<st
     spans.add(Lane::upload, SpanKind::weights, task.chunk, start, end, spec.weight_bytes);
   }
   device->record(slot.ready, upload_stream);
+  // The chunk's own: the slot's is recorded again by the next chunk's upload, which may have to wait for a visit.
+  const EventHandle read = chunk.last_upload != 0 ? chunk.last_upload : events.take();
+  device->record(read, upload_stream);
   lock.lock();
   --chunk.reading;
-  chunk.last_upload = slot.ready;
+  chunk.last_upload = read;
   // Had the slot been given away meanwhile, its next upload follows this one on the same stream.
   if (slot.upload == task.upload) slot.issued = true;
   ++counters.uploads;
@@ -236,7 +239,13 @@ bool Scheduler::Impl::host_update_ready() const {
 }
 
 void Scheduler::Impl::queue_update(UpdateTask task) {
-  if (task.changes_weights && sink->needs_stage(task.chunk)) task.stage = UpdateTask::Stage::needed;
+  if (task.changes_weights && sink->needs_stage(task.chunk)) {
+    if (options.transfers == nullptr) {  // nobody would stage it
+      throw Error(Code::state, "update" + of_chunk(static_cast<std::int32_t>(task.chunk)) +
+                                   ": planes of the sink lie on disk, and the scheduler was made without transfers");
+    }
+    task.stage = UpdateTask::Stage::needed;
+  }
   updates.push_back(task);
   changed.notify_all();
 }

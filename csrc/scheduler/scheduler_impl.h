@@ -58,7 +58,7 @@ struct Chunk {
   std::uint64_t summed = 0;     // of these, added
   bool update_due = false;      // a visit that ends in an update was passed, its gradient is still to come
   int reading = 0;              // uploads being put on the stream right now
-  EventHandle last_upload = 0;  // event of the last upload that read the plane
+  EventHandle last_upload = 0;  // its own event, after the last upload that read the plane; 0: none yet
 
   std::list<Hold>::iterator hold_to_release(std::thread::id thread);
 };
@@ -239,7 +239,7 @@ struct Scheduler::Impl {
   // The download lane's own: pieces for inputs on their way to disk (made at the first), and the write of each.
   std::unique_ptr<HostBuffer> input_pieces;
   std::vector<Ticket> input_piece_written;
-  std::map<const Region*, std::vector<Ticket>> input_writes;  // the last of each region; guarded by the mutex
+  std::map<const Region*, std::vector<Ticket>> input_writes;  // of each region, until waited for; guarded by the mutex
   StreamHandle upload_stream = 0, download_stream = 0;
   Counters counters{};
 

@@ -157,7 +157,9 @@ TEST(AdamWSink, DiscardDropsWhatWasNotBegun) {
   message_of(Code::state, [&] { sink.begin(0); });
   sink.prepare(0, {});
   sink.begin(0);
+  sink.consume(0, 0, gradient.data(), 200);
   sink.end(0);
+  EXPECT_TRUE(planes == expected);
 }
 
 TEST(AdamWSink, PrepareRefusesBadSegmentsAndChangesNothing) {
@@ -196,8 +198,12 @@ TEST(AdamWSink, RefusesCallsOutOfOrderAndPiecesThatDoNotFit) {
   message_of(Code::invalid_argument, [&] { sink.consume(0, 0, gradient.data(), 3); });
   message_of(Code::invalid_argument, [&] { sink.consume(0, 0, nullptr, 2); });
   message_of(Code::invalid_argument, [&] { sink.consume(7, 0, gradient.data(), 2); });
+  message_of(Code::invalid_argument, [&] { sink.consume(0, 100, gradient.data(), 100); });  // the first half is missing
   EXPECT_TRUE(planes == Planes(100));
-  sink.consume(0, 200, nullptr, 0);
+  sink.consume(0, 0, gradient.data(), 100);
+  EXPECT_NE(message_of(Code::invalid_argument, [&] { sink.end(0); }).find("100 bytes of a gradient of 200"),
+            std::string::npos);
+  sink.consume(0, 100, gradient.data() + 50, 100);
   sink.end(0);
 }
 

@@ -165,6 +165,8 @@ TEST_F(GpuDirectDisk, ATruncatedFileIsAnError) {
   expect_error(Code::io, parts, [&] { direct->write(last, memory.data(), memory.size()); });
   EXPECT_EQ(std::filesystem::file_size(storage->files()[1]), 4096u);
   expect_error(Code::io, parts, [&] { direct->read(first, memory.data(), kStripe); });  // of another drive
+  expect_error(Code::io, parts, [&] { direct->read(last, memory.data(), memory.size()); });
+  expect_error(Code::io, parts, [&] { direct->read(last, memory.data(), memory.size() - 1); });  // with an end
 }
 
 TEST_F(GpuDirectDisk, WhatCannotBeOpenedLeavesNothing) {

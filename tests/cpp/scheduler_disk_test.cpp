@@ -595,5 +595,34 @@ TEST_P(SchedulerDisk, ArgumentsThatCannotWorkAreRefused) {
   expect_error(Code::invalid_argument, {"transfers"}, [&] { other.use_disk(nullptr, rig.device, 2, 2048); });
 }
 
+// What nobody would stage, or give back, is an error and no wait for ever.
+TEST_P(SchedulerDisk, UpdatesThatCannotBeStagedAreErrors) {
+  const std::size_t n = 5000;
+  for (const bool with_transfers : {false, true}) {
+    DiskRig rig({{false, n}}, 6, options());
+    rig.place(0, 0b1110);
+    void* memory = rig.device->alloc(2 * n);
+    void* slot = rig.device->alloc(2 * n);
+    std::memset(memory, 0, 2 * n);
+    {
+      SchedulerOptions bare{.piece_bytes = 4096};
+      if (with_transfers) bare.transfers = rig.transfers;
+      Scheduler scheduler(rig.device, {{"it", rig.chunks[0].memory[0]->data(), 2 * n, 0}}, {{{slot}, 2 * n}}, rig.sink,
+                          bare);
+      std::vector<float> sum(n);
+      if (with_transfers) {
+        rig.sink->prepare_sum(0, {{0, n, true}}, sum.data(), GradientType::bfloat16);
+      } else {
+        rig.sink->prepare(0, {{0, n, AdamWHyper{}}});
+      }
+      scheduler.submit_gradient(0, memory, 2 * n, 0);
+      expect_error(Code::state, {with_transfers ? "a sum was prepared" : "without transfers", "update"},
+                   [&] { scheduler.wait_updates(); });
+    }
+    rig.device->free(memory);
+    rig.device->free(slot);
+  }
+}
+
 }  // namespace
 }  // namespace slidecore

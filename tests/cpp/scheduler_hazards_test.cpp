@@ -76,6 +76,26 @@ TEST(SchedulerHazards, AnUpdateWaitsForUploadsThatReadItsPlane) {
   device->destroy_stream(other);
 }
 
+// Another chunk's upload into the slot that its chunk has left is nothing to an update.
+TEST(SchedulerHazards, AnUpdateWaitsForNoUploadOfOthers) {
+  const auto device = host_device();
+  HeldStream held(device);
+  {
+    Rig rig(device, equal_chunks(2, 5'003), {1}, 16);
+    rig.scheduler->set_schedule(training_schedule(2));
+    rig.scheduler->acquire(0, Phase::forward, held.handle());
+    rig.scheduler->release(0, Phase::forward, held.handle());
+    while (rig.scheduler->counters().uploads < 2) std::this_thread::yield();  // the second waits for the held visit
+    rig.submit(0);
+    for (int i = 0; i < 5000 && rig.sink->submissions == 0; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    EXPECT_EQ(rig.sink->submissions, 1u) << "the update of chunk 0 waits for the upload of chunk 1";
+    held.open();
+    rig.check_planes();
+  }
+}
+
 TEST(SchedulerHazards, AnUploadWaitsForSubmittedUpdates) {
   Rig rig(host_device(), equal_chunks(3, 9'001), {2}, 4);
   Gate gate;

@@ -53,8 +53,9 @@ class AdamWSink final : public GradientSink {
   std::size_t staging_bytes() const;  // of the stages' memory
 
   // Says how the chunk's next submission is applied. Segments ascend and do not overlap; with 8-bit moments each starts
-  // at a multiple of moments_group. Elements outside them stay as they are. Throws Error(invalid_argument) otherwise,
-  // and changes nothing then.
+  // at a multiple of moments_group, and where one ends inside a group, the rest of the group (moments and gradient)
+  // must be zero, as padding is, for a group has one scale. Elements outside the segments stay as they are. Throws
+  // Error(invalid_argument) otherwise, and changes nothing then.
   void prepare(std::uint32_t chunk, const std::vector<Segment>& segments);
 
   // As prepare(), for a gradient of another type than the chunk's.
@@ -78,7 +79,8 @@ class AdamWSink final : public GradientSink {
   // Drops what was prepared for the chunk and not begun (a step that was given up).
   void discard(std::uint32_t chunk);
 
-  // Throws Error(state) if nothing is prepared for the chunk.
+  // Throw Error(state) if nothing is prepared for the chunk, and Error(invalid_argument) for pieces out of their order
+  // and for a submission that is not the whole gradient.
   void begin(std::uint32_t chunk) override;
   void consume(std::uint32_t chunk, std::size_t offset_bytes, const void* piece, std::size_t bytes) override;
   void end(std::uint32_t chunk) override;

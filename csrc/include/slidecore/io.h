@@ -68,7 +68,8 @@ class Storage {
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
 
-  // Preallocates until regions of `bytes` in total fit (those that exist counted in). Throws Error(io) with what is
+  // Preallocates until regions of `bytes` in total fit (those that exist counted in; each takes a multiple of
+  // alignment()). Throws Error(io) with what is
   // needed and what is free in each directory; then nothing has changed.
   void reserve(std::uint64_t bytes);
 
