@@ -391,7 +391,7 @@ def linear_cross_entropy(
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
     """
     engine, use, hidden = logits.engine, logits.use, logits.hidden
-    labels = labels.reshape(-1).to(hidden.device)
+    labels = labels.reshape(-1).to(hidden.device).contiguous()
     if num_items is None:
         divisor = (labels != ignore_index).sum().to(torch.float32)
     else:

@@ -24,7 +24,7 @@ TABLE = {"table": "*i32"}
 Made = tuple[str, Any, dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
-def _adamw(gradient: str, is_split: bool, quantised: bool) -> Made:
+def _adamw(gradient: str, is_split: bool, quantised: bool, loads: str = "plain") -> Made:
     config = adamw.DEFAULT_QUANTISED if quantised else adamw.DEFAULT
     scale = "*fp32" if quantised else "constexpr"
     signature = {
@@ -35,10 +35,10 @@ def _adamw(gradient: str, is_split: bool, quantised: bool) -> Made:
     }  # fmt: skip
     constants = {
         "SPLIT": is_split, "QUANTISED": quantised, "HAS_FACTOR": True, "USUAL": quantised,
-        "AHEAD": adamw._ahead(config.steps), "BLOCK": config.block, "STEPS": config.steps,
+        "EARLY": loads == "early", "AHEAD": loads == "ahead", "BLOCK": config.block, "STEPS": config.steps,
     }  # fmt: skip
     options = {"num_warps": config.warps, "enable_fp_fusion": False}
-    name = f"adamw {'split' if is_split else 'whole'} {gradient} {'8-bit' if quantised else 'fp32'}"
+    name = f"adamw {'split' if is_split else 'whole'} {gradient} {'8-bit' if quantised else 'fp32'} {loads}"
     return name, adamw._adamw_kernel, signature, constants, options
 
 
@@ -50,7 +50,8 @@ def kernels() -> Iterator[Made]:
     yield "merge", merge._merge_kernel, {"weight": "*i16", "residual": "*i16", "master": "*i32", **n}, {
         "BLOCK": merge.DEFAULT.block}, {"num_warps": merge.DEFAULT.warps}  # fmt: skip
     yield _adamw("*i16", True, False)
-    yield _adamw("*i16", True, True)
+    for loads in ("plain", "early", "ahead"):
+        yield _adamw("*i16", True, True, loads)
     yield _adamw("*fp32", False, True)
     for source, name in ((int16, "bf16"),):
         for last in (False, True):

@@ -349,4 +349,4 @@ def test_operator() -> None:
     planes = [plane if plane is None else plane.to(DEVICE) for plane in planes]
     table = torch.tensor([[0, n, 0, 0]], dtype=torch.int32, device=DEVICE)
     scalars = torch.tensor([scalars_of(HYPERS[0]) + [1.0] * 7], device=DEVICE)
-    check_operator(torch.ops.slidecore.adamw, *planes, table, scalars, None, 512, 1, 4)
+    check_operator(torch.ops.slidecore.adamw, *planes, table, scalars, None, 512, 1, 4, "plain", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from slidecore.triton.linear_cross_entropy import (
     add_product,
     choose_tile,
     linear_cross_entropy,
+    linear_cross_entropy_into,
     linear_cross_entropy_of_pieces,
 )
 
@@ -40,6 +42,14 @@ TILES: dict[str, dict[str, Any]] = {
     "tiles and pieces": {"tile": 8, "piece": 70},
     "own choice": {"prefer": "speed"},
 }
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated is NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def data(dtype: torch.dtype, tokens: int = 23, width: int = 24, vocabulary: int = 137) -> tuple[torch.Tensor, ...]:
@@ -165,10 +175,12 @@ def test_nothing_counts() -> None:
         assert not weight.grad.any()
 
 
-def test_no_tokens() -> None:
+@pytest.mark.parametrize("piece", [None, 50])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_no_tokens(piece: int | None) -> None:
     hidden, weight, labels = data(torch.float32)
     hidden = hidden.detach()[:0].requires_grad_()
-    mine = linear_cross_entropy(hidden, weight, labels[:0], num_items=3)
+    mine = linear_cross_entropy(hidden, weight, labels[:0], num_items=3, piece=piece)
     mine.loss.backward()
     assert mine.loss.item() == 0
     assert mine.log_probabilities.shape == (0,)
@@ -317,6 +329,7 @@ def test_refuses() -> None:
         ({"z_loss": -1.0}, "z_loss=-1.0"),
         ({"weights": torch.ones(3)}, "3 weights for 23 tokens"),
         ({"prefer": "both"}, "prefer='both' must be"),
+        ({"accumulate": torch.bfloat16}, r"accumulate=torch.bfloat16 must be torch.float32, or None"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(hidden, weight, labels, **change)  # type: ignore[arg-type]
@@ -380,3 +393,41 @@ def test_tile_of_logits_in_a_wider_buffer() -> None:
     )
     assert torch.allclose(gradient.double().cpu(), exact, rtol=1e-5, atol=1e-7)
     assert buffer[:, 50:].isnan().all()
+
+
+def test_labels_and_weights_between_others() -> None:
+    """Such as a column of a batch, whose reshape(-1) is a view."""
+    hidden, weight, labels = (x.detach() for x in data(torch.float32))
+    factors = torch.rand(len(labels), device=DEVICE)
+    grid, wide = labels.new_full((len(labels), 3), 5), factors.new_full((len(labels), 3), 7.0)
+    grid[:, 1], wide[:, 1] = labels, factors
+    between, beside = grid[:, 1:2].reshape(-1), wide[:, 1:2].reshape(-1)
+    assert not between.is_contiguous()
+    divisor = torch.tensor(3.0, device=DEVICE)
+    logits = hidden @ weight.t()
+    assert torch.equal(cross_entropy(logits, between, divisor)[0], cross_entropy(logits, labels, divisor)[0])
+    assert torch.equal(
+        cross_entropy(logits.clone(), between, divisor, in_place=True)[1], cross_entropy(logits, labels, divisor)[1]
+    )
+    for run in (
+        lambda y, w: linear_cross_entropy_into(
+            hidden, weight, y, divisor, LossOptions(), tile=8, hidden_gradient=None, weight_gradient=None, weights=w
+        ),
+        lambda y, w: linear_cross_entropy_of_pieces(
+            hidden, lambda: weight.split(50), y, divisor, LossOptions(), vocabulary=len(weight), tile=8, weights=w
+        ),
+    ):
+        for mine, expected in zip(run(between, beside), run(labels, factors), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_softcap_far_above_the_logits() -> None:
+    """Where tanh is nearly its argument, both the loss and the slope keep float32's digits."""
+    hidden, weight, labels = data(torch.float32)
+    for softcap in (30.0, 1e3, 1e5):
+        exact = reference(hidden, weight, labels, softcap=softcap)
+        mine = linear_cross_entropy(hidden, weight, labels, softcap=softcap)
+        gradients = torch.autograd.grad(mine.loss, (hidden, weight))
+        assert mine.loss.item() == pytest.approx(exact[0].item(), rel=1e-6)
+        for gradient, expected in zip(gradients, exact[2:], strict=True):
+            assert error(gradient, expected) < 1e-6

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from _kernels import CARD, DEVICE, SIZES, any_bits, bits_of, check_operator, poisoned, reference_path
 from slidecore import _core
 from slidecore.triton import tuning
+from slidecore.triton._launch import launch, work_table
 from slidecore.triton.accumulate import accumulate
 from slidecore.triton.merge import merge
 from slidecore.triton.scale import scale_
 from slidecore.triton.split import split
 from slidecore.triton.square_sum import square_sum
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 __all__ = ["reference_path"]  # a fixture
 
@@ -264,3 +270,75 @@ def test_choices_are_stored(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -
     tuning.path().write_text("{")
     monkeypatch.setattr(tuning, "_stored", {})
     assert tuning.lookup("adamw", 1000, card, default) == default  # with a warning in the log
+
+
+@pytest.mark.parametrize("value", ['{"block": 1000}', '{"block": 512, "warps": 3}', '{"block": 512, "steps": "x"}',
+                                   '{"block": 512, "loads": "late"}', '{"block": 512, "registers": 300}',
+                                   '{"block": 512, "wraps": 4}'])  # fmt: skip
+def test_choices_that_cannot_be_are_not_taken(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLIDECORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_stored", {})
+    monkeypatch.setattr(tuning, "card", lambda device: "a card")
+    tuning.path().write_text('{"a card": {"adamw 2^10": ' + value + "}}")
+    default = tuning.Config(1024)
+    assert tuning.lookup("adamw", 1000, torch.device("cuda:0"), default) == default
+    assert "kernels run with their defaults" in caplog.text
+
+
+def test_choices_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A step must not end because a user has no directory: said once, defaults taken, choices of the process kept."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tuning, "path", homeless)
+    monkeypatch.setattr(tuning, "_stored", {})
+    monkeypatch.setattr(tuning, "card", lambda device: "a card")
+    card, default, choice = torch.device("cuda:0"), tuning.Config(1024), tuning.Config(512, 4, 8)
+    for _ in range(2):
+        assert tuning.lookup("adamw", 1000, card, default) == default
+    assert caplog.text.count("SLIDECORE_CACHE names a directory") == 1
+    tuning.store("adamw", 1000, card, choice)
+    assert "kept by this process only" in caplog.text
+    assert tuning.lookup("adamw", 1000, card, default) == choice
+
+
+def test_tables_made_while_tracing_are_not_kept() -> None:
+    """A fake tensor among the kept ones would make every later call fail."""
+    segments = ((0, 100), (128, 200))
+    for _ in range(2):
+        with FakeTensorMode():
+            assert isinstance(work_table(segments, 128, torch.device("cpu")), FakeTensor)
+        table = work_table(segments, 128, torch.device("cpu"))
+        assert table.tolist() == [[0, 100, 0, 0], [1, 128, 1, 0], [2, 72, 1, 1]]
+
+
+def test_launches_make_the_tensors_card_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current card, whatever card the arguments are on."""
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        entered.append(chosen)
+        yield
+
+    class OnTheSecond:
+        is_cuda, device = True, torch.device("cuda:1")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launched: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
+            assert entered == [torch.device("cuda:1")]
+            return lambda *arguments, **options: launched.append(programs)
+
+    launch(Kernel(), 3, OnTheSecond(), 1, 2, BLOCK=4)  # type: ignore[arg-type]
+    assert launched == [(3,)]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    launch(Kernel(), 3, OnTheSecond())  # type: ignore[arg-type]
+    assert len(entered) == 1

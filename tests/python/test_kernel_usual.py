@@ -112,12 +112,16 @@ def update(hyper: Hyper, state: dict[str, torch.Tensor], gradient: torch.Tensor)
     )
 
 
-@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize(
+    ("steps", "loads", "registers"),
+    [(1, "plain", 0), (3, "early", 96), (8, "ahead", 96)],
+    ids=["plain", "early", "ahead"],
+)
 @pytest.mark.parametrize(
     "hyper", [Hyper(lr=1e-3, weight_decay=0.1, step=2), Hyper(lr=0.0, maximize=True), Hyper(lr=1e-3, eps=0.0)],
     ids=["plain", "maximize", "unusual"],
 )  # fmt: skip
-def test_each_block_takes_its_path(hyper: Hyper, steps: int) -> None:
+def test_each_block_takes_its_path(hyper: Hyper, steps: int, loads: tuning.Loads, registers: int) -> None:
     """One value of unusual size in each of many blocks, and blocks without one, to the last bit."""
     unusual = [0.0, 1e-14, 1e-17, 1e-20, 1e-25, 1e-38, 1e-45, 1e4, 1e8, 1e13, 1e19, 1e30, float("inf"), float("nan")]
     n = 256 * (len(unusual) + 6)
@@ -138,7 +142,8 @@ def test_each_block_takes_its_path(hyper: Hyper, steps: int) -> None:
     expected = {name: plane.clone() for name, plane in state.items()}
     update(hyper, expected, gradient)
     mine = {name: plane.to(DEVICE) for name, plane in state.items()}
-    adamw([Segment(0, n, hyper)], gradient=gradient.to(DEVICE), config=tuning.Config(256, steps, 1), **mine)
+    config = tuning.Config(256, steps, 1, loads, registers)
+    adamw([Segment(0, n, hyper)], gradient=gradient.to(DEVICE), config=config, **mine)
     for name, plane in expected.items():
         different = (bits_of(mine[name].cpu()) != bits_of(plane)).nonzero()[:, 0]
         assert len(different) == 0, f"{name}: {len(different)} elements, first {different[:5].tolist()}"

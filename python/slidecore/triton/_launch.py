@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +27,19 @@ def wrap_triton(kernel: Any) -> Any:
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
+def current_card(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's card the current one, on which Triton launches whatever card its arguments are on."""
+    if tensor.is_cuda and torch.cuda.is_initialized() and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def launch(kernel: Any, programs: int, like: torch.Tensor, *arguments: Any, **options: Any) -> None:
+    """Runs `programs` programs of a kernel, or of what `wrap_triton` made of it, on the card of `like`."""
+    with current_card(like):
+        kernel[(programs,)](*arguments, **options)
+
+
 def upload(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     """A small array on `device`, in the order of the current stream and without waiting for it."""
     host = torch.from_numpy(values)
@@ -34,7 +48,6 @@ def upload(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-@lru_cache(maxsize=256)
 def work_table(segments: tuple[tuple[int, int], ...], block: int, device: torch.device) -> torch.Tensor:
     """Which elements each program of a launch handles, so that no kernel searches for its segment.
 
@@ -48,10 +61,23 @@ def work_table(segments: tuple[tuple[int, int], ...], block: int, device: torch.
     Raises:
         ValueError: an offset is not a multiple of 128, or a length is not positive.
     """
+    # A fake tensor, where tensors made now are fakes, must not be kept for a real call.
+    traced = type(torch.empty(0)) is not torch.Tensor
+    return _made(segments, block, device) if traced else _kept(segments, block, device)
+
+
+@lru_cache(maxsize=256)
+def _kept(segments: tuple[tuple[int, int], ...], block: int, device: torch.device) -> torch.Tensor:
+    return _made(segments, block, device)
+
+
+def _made(segments: tuple[tuple[int, int], ...], block: int, device: torch.device) -> torch.Tensor:
     rows = []
     for index, (offset, length) in enumerate(segments):
-        if offset % UNIT or offset < 0 or length < 1:
-            raise ValueError(f"segment {index} is {length} elements from {offset}: offsets are multiples of {UNIT}")
+        if length < 1:
+            raise ValueError(f"segment {index} has {length} elements: leave it out")
+        if offset % UNIT or offset < 0:
+            raise ValueError(f"segment {index} begins at {offset}: offsets are multiples of {UNIT}")
         within = np.arange(0, length, block, dtype=np.int64)
         row = np.empty((len(within), 4), dtype=np.int64)
         row[:, 0] = (offset + within) // UNIT

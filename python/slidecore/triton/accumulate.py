@@ -23,7 +23,7 @@ import triton.language as tl
 
 from slidecore.triton import tuning
 from slidecore.triton._bits import rounded_to_bfloat16, widened
-from slidecore.triton._launch import UNIT, check_plane, on_card, upload, work_table
+from slidecore.triton._launch import UNIT, check_plane, launch, on_card, upload, work_table
 
 CANDIDATES = tuple(
     tuning.Config(block, steps, warps)
@@ -153,7 +153,10 @@ def _accumulate(
     flat = [g.contiguous() for g in gradients]
     addresses = np.array([(g.data_ptr(), int(first)) for g, first in zip(flat, fresh, strict=True)], dtype=np.int64)
     partials = torch.empty(len(table) if out is not None else 0, dtype=torch.float32, device=device)
-    _accumulate_kernel[(len(table),)](
+    launch(
+        _accumulate_kernel,
+        len(table),
+        accumulator,
         accumulator,
         upload(addresses, device),
         None if out is None else out.view(torch.int16),
@@ -224,7 +227,8 @@ def accumulate(
             raise ValueError("square_sum is of what is written to out: give out, too")
         if square_sum.numel() != 1 or square_sum.dtype not in (torch.float32, torch.float64):
             raise ValueError("square_sum must be one float32 or float64")
-    config = config or tuning.lookup("accumulate", len(accumulator), accumulator.device, DEFAULT)
+    name = "accumulate" if out is None else "accumulate last"
+    config = config or tuning.lookup(name, len(accumulator), accumulator.device, DEFAULT)
     present = [i for i, g in enumerate(gradients) if g.numel()]
     torch.ops.slidecore.accumulate(
         accumulator, [gradients[i] for i in present], [offsets[i] for i in present], [fresh[i] for i in present],

@@ -38,7 +38,7 @@ from slidecore.triton._bits import (
     split_reference,
     widened,
 )
-from slidecore.triton._launch import UNIT, check_plane, on_card, upload, work_table
+from slidecore.triton._launch import UNIT, check_plane, launch, on_card, upload, work_table
 from slidecore.triton._moments import (
     GROUP,
     dequantise_momentum,
@@ -56,12 +56,24 @@ from slidecore.triton._usual import usual_scalars, usual_step
 CANDIDATES = tuple(tuning.Config(block, 1, warps) for block, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8)))
 DEFAULT = tuning.Config(1024, 1, 8)
 # Eight elements a thread: an int16 load of 16 bytes, half a warp for a group of 128. One warp needs no barrier.
-CANDIDATES_QUANTISED = tuple(
-    tuning.Config(256 * warps, steps, warps)
-    for warps, all_steps in ((1, (2, 4, 8, 16)), (2, (2, 4, 8)), (4, (2, 4, 8)))
-    for steps in all_steps
+# An SM of 65536 registers holds 24 warps at 80 a thread, 20 at 96 and 16 at 128. "ahead" needs 96, and holds a block
+# more in them.
+CANDIDATES_QUANTISED = (
+    tuning.Config(256, 2, 1, "plain", 80),
+    tuning.Config(256, 4, 1, "plain", 80),
+    tuning.Config(512, 4, 2, "plain", 80),
+    tuning.Config(256, 4, 1, "early", 80),
+    tuning.Config(256, 8, 1, "early", 80),
+    tuning.Config(256, 4, 1, "early", 96),
+    tuning.Config(256, 8, 1, "early", 96),
+    tuning.Config(512, 4, 2, "early", 80),
+    tuning.Config(256, 8, 1, "ahead", 96),
+    tuning.Config(256, 16, 1, "ahead", 96),
+    tuning.Config(256, 8, 1, "ahead", 128),
+    tuning.Config(512, 8, 2, "ahead", 96),
+    tuning.Config(1024, 8, 4, "ahead", 96),
 )
-DEFAULT_QUANTISED = tuning.Config(256, 4, 1)
+DEFAULT_QUANTISED = tuning.Config(256, 4, 1, "plain", 80)
 _SCALARS = tl.constexpr(16)  # float32 a segment, so that rows are aligned; 14 and 15 are unused
 
 
@@ -215,13 +227,6 @@ def _block(  # type: ignore[no-untyped-def]
             tl.store(exp_avg_sq_scale + at_scale, s, mask=inside_scale)
 
 
-def _ahead(steps: int) -> bool:
-    """Whether the usual path loads a block before it stores the one before: all of its loads are then on their way at
-    once, for 96 registers a thread (21 warps on an SM of 65536) instead of 80 (25 warps), and a block to load first.
-    """
-    return steps >= 8
-
-
 @triton.jit
 def _loaded(  # type: ignore[no-untyped-def]
     weight,
@@ -234,21 +239,26 @@ def _loaded(  # type: ignore[no-untyped-def]
     begin,
     wanted,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A full block with 8-bit moments as it is stored; anything unless `wanted` (None: always)."""
+    """A full block with 8-bit moments as it is stored; anything unless `wanted` (None: always).
+
+    EARLY: ptxas otherwise moves the loads of `weight` and `residual`, half of what is read, below the first use of the
+    momentum, for which the warp waits. It leaves volatile loads where they are.
+    """
     groups = tl.arange(0, BLOCK // 128)
     at = begin + groups[:, None] * 128 + tl.arange(0, 128)[None, :]
     at_scale = begin // 128 + groups
-    high = tl.load(weight + at, mask=wanted)
+    high = tl.load(weight + at, mask=wanted, volatile=EARLY)
     low = high
     if SPLIT:
-        low = tl.load(residual + at, mask=wanted)
+        low = tl.load(residual + at, mask=wanted, volatile=EARLY)
     return (
         tl.load(gradient + at, mask=wanted),
         high,
         low,
-        tl.load(exp_avg + at, mask=wanted),
+        tl.load(exp_avg + at, mask=wanted, volatile=EARLY),
         tl.load(exp_avg_scale + at_scale, mask=wanted),
         tl.load(exp_avg_sq + at, mask=wanted),
         tl.load(exp_avg_sq_scale + at_scale, mask=wanted),
@@ -303,6 +313,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     QUANTISED: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     USUAL: tl.constexpr,
+    EARLY: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
@@ -331,7 +342,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
             if AHEAD:
                 g, high, low, m, a, v, v_scale = _loaded(
                     weight, residual, gradient, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, begin, None,
-                    SPLIT, BLOCK,
+                    SPLIT, EARLY, BLOCK,
                 )  # fmt: skip
         for step in range(STEPS):
             done = False
@@ -339,7 +350,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
                 if not AHEAD:
                     g, high, low, m, a, v, v_scale = _loaded(
                         weight, residual, gradient, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale,
-                        begin + step * BLOCK, None, SPLIT, BLOCK,
+                        begin + step * BLOCK, None, SPLIT, EARLY, BLOCK,
                     )  # fmt: skip
                 if SPLIT:
                     p = joined(high, low)
@@ -353,7 +364,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
                 if AHEAD:  # of the stores, which ptxas moves no load across
                     g, high, low, m, a, v, v_scale = _loaded(
                         weight, residual, gradient, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale,
-                        begin + (step + 1) * BLOCK, step + 1 < STEPS, SPLIT, BLOCK,
+                        begin + (step + 1) * BLOCK, step + 1 < STEPS, SPLIT, EARLY, BLOCK,
                     )  # fmt: skip
                 if done:
                     _stored(
@@ -435,6 +446,8 @@ def _adamw(
     block: int,
     steps: int,
     warps: int,
+    loads: str,
+    registers: int,
 ) -> None:
     if not on_card(weight):
         _reference(
@@ -444,7 +457,10 @@ def _adamw(
     if not len(table):
         return
     usual = exp_avg_scale is not None and torch.version.hip is None
-    _adamw_kernel[(len(table),)](
+    launch(
+        _adamw_kernel,
+        len(table),
+        weight,
         weight if residual is None else weight.view(torch.int16),
         residual,
         bits_or_floats(gradient),
@@ -459,12 +475,13 @@ def _adamw(
         QUANTISED=exp_avg_scale is not None,
         HAS_FACTOR=factor is not None,
         USUAL=usual,
-        AHEAD=_ahead(steps),
+        EARLY=loads == "early",
+        AHEAD=loads == "ahead",
         BLOCK=block,
         STEPS=steps,
         num_warps=warps,
         enable_fp_fusion=False,
-        **({"maxnreg": 96 if _ahead(steps) else 80} if usual else {}),
+        **({"maxnreg": registers} if registers and torch.version.hip is None else {}),
     )
 
 
@@ -536,5 +553,6 @@ def adamw(
         row[13] = inverse - row[12].astype(np.float64)
     torch.ops.slidecore.adamw(
         weight, residual, gradient, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, table,
-        upload(rows, weight.device), factor, config.block, config.steps, config.warps,
+        upload(rows, weight.device), factor, config.block, config.steps, config.warps, config.loads,
+        config.registers,
     )  # fmt: skip

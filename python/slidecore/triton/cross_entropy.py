@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from slidecore.triton._launch import on_card, wrap_triton
+from slidecore.triton._launch import launch, on_card, wrap_triton
 
 _LOWEST = tl.constexpr(-3.0e38)  # finite: a block of logits that are all -inf must not give -inf - -inf
 # Logits of one thread that lie side by side, 16 bytes in bf16. Their maximum is taken before anything crosses threads.
@@ -67,7 +67,10 @@ class LossOptions:
 def _tanh(u):  # type: ignore[no-untyped-def]
     e = tl.exp(-2.0 * tl.abs(u))
     t = (1.0 - e) / (1.0 + e)
-    return tl.where(u < 0, -t, t)
+    # 1 - e cancels near 0, where five terms of the series are exact to float32 (the sixth is below 1e-8 of the sum).
+    w = u * u
+    series = u * (1.0 + w * (-1.0 / 3.0 + w * (2.0 / 15.0 + w * (-17.0 / 315.0 + w * (62.0 / 2835.0)))))
+    return tl.where(tl.abs(u) < 0.25, series, tl.where(u < 0, -t, t))
 
 
 @triton.jit
@@ -175,12 +178,13 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
                 at = start + tl.arange(0, BLOCK)
                 tl.store(g_row + at, tl.zeros([BLOCK], dtype=tl.float32), mask=at < vocabulary)
         return
-    largest, total, plain = _row_statistics(x_row, vocabulary, inner, outer, TANH, SMOOTH, BLOCK)
-    # Read before the second pass: the gradient may overwrite the logits.
+    # The gradient may overwrite the logits: the label's is read before the reductions of the statistics, which all
+    # warps wait for, so that none can be at the second pass yet.
     valid = (label >= 0) & (label < vocabulary)
     at_label = tl.load(x_row + label, mask=valid, other=float("nan")).to(tl.float32) * inner
     if TANH:
         at_label = outer * _tanh(at_label)
+    largest, total, plain = _row_statistics(x_row, vocabulary, inner, outer, TANH, SMOOTH, BLOCK)
     log_total = tl.log(total)
     weight = 1.0 / tl.load(divisor)
     if WEIGHTED:
@@ -334,7 +338,10 @@ def _cross_entropy_into(
             gradient.copy_(_gradient_reference(logits, labels, weights, lse, divisor, 0, vocabulary, options))
     elif tokens:
         target = logits if gradient is None else gradient
-        wrap_triton(_cross_entropy_kernel)[(tokens,)](
+        launch(
+            wrap_triton(_cross_entropy_kernel),
+            tokens,
+            logits,
             logits,
             target,
             labels,
@@ -418,6 +425,7 @@ def cross_entropy(
         The loss (float32 scalar) and d loss / d logits, of the logits' shape and dtype.
     """
     options = (ignore_index, label_smoothing, 0.0, 1.0, None)
+    labels = labels.contiguous()
     if in_place:
         losses, _ = torch.ops.slidecore.cross_entropy_(logits, labels, None, divisor, *options, True)
         return losses.sum(), logits
@@ -448,7 +456,10 @@ def add_statistics(
     if not tokens or not size:
         return
     if on_card(logits):
-        _statistics_kernel[(tokens,)](
+        launch(
+            _statistics_kernel,
+            tokens,
+            logits,
             logits,
             labels,
             statistics,
@@ -509,7 +520,10 @@ def gradient_of_piece(
     if not tokens or not size:
         return
     if on_card(logits):
-        _gradient_kernel[(tokens,)](
+        launch(
+            _gradient_kernel,
+            tokens,
+            logits,
             logits,
             labels,
             labels if weights is None else weights,

@@ -126,6 +126,7 @@ def linear_cross_entropy_into(
         weights: float32 (tokens,) that the tokens' losses are multiplied by.
     """
     tokens, vocabulary = len(hidden), len(weight)
+    labels, weights = labels.contiguous(), None if weights is None else weights.contiguous()
     losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     log_probabilities = torch.empty_like(losses)
     wants_gradient = hidden_gradient is not None or weight_gradient is not None
@@ -178,6 +179,7 @@ def linear_cross_entropy_of_pieces(
         ValueError: the pieces do not have `vocabulary` rows.
     """
     tokens = len(hidden)
+    labels, weights = labels.contiguous(), None if weights is None else weights.contiguous()
     statistics = new_statistics(tokens, hidden.device)
 
     def tiles(piece: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -211,6 +213,8 @@ def linear_cross_entropy_of_pieces(
                 add_product(hidden_gradient[at], logits, piece, fresh=first == 0)
             if gradient is not None:
                 add_product(gradient, logits.t(), hidden[at], fresh=at.start == 0)
+        if gradient is not None and not tokens:
+            gradient.zero_()
         if took is not None:
             took(first)
         first += len(piece)
@@ -389,6 +393,8 @@ def linear_cross_entropy(
         if weights.numel() != ids.numel():
             raise ValueError(f"{weights.numel()} weights for {ids.numel()} tokens")
     accumulate = accumulate or weight.dtype
+    if accumulate not in (torch.float32, weight.dtype):
+        raise ValueError(f"accumulate={accumulate} must be torch.float32, or None for the weight's {weight.dtype}")
     if tile is None:
         sums = accumulate if weight.dtype != accumulate else None
         tile = choose_tile(len(flat), flat.shape[1], len(weight), sums, prefer)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from slidecore.triton import tuning
 from slidecore.triton._bits import joined, merge_reference
-from slidecore.triton._launch import check_plane, on_card, wrap_triton
+from slidecore.triton._launch import check_plane, launch, on_card, wrap_triton
 
 CANDIDATES = tuple(
     tuning.Config(block, warps=warps) for block, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8), (4096, 8))
@@ -36,9 +36,10 @@ def _merge(weight: torch.Tensor, residual: torch.Tensor, master: torch.Tensor, b
     if not on_card(master):
         master.view(torch.int32).copy_(merge_reference(weight, residual).view(torch.int32))
     elif n:
-        wrap_triton(_merge_kernel)[(triton.cdiv(n, block),)](
-            weight.view(torch.int16), residual, master.view(torch.int32), n, BLOCK=block, num_warps=warps
-        )
+        launch(
+            wrap_triton(_merge_kernel), triton.cdiv(n, block), master,
+            weight.view(torch.int16), residual, master.view(torch.int32), n, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
 
 
 def merge(

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from slidecore.triton._launch import on_card, wrap_triton
+from slidecore.triton._launch import launch, on_card, wrap_triton
 
 
 @triton.jit
@@ -27,13 +27,14 @@ def _scale_kernel(x, factor, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # ty
 
 @torch.library.triton_op("slidecore::scale_", mutates_args={"x"})
 def _scale(x: torch.Tensor, factor: torch.Tensor) -> None:
-    if not on_card(x):
+    if not on_card(x) or x.dtype == torch.float64:  # the kernel multiplies in float32
         x.mul_(factor)
     elif x.numel():
         block, steps = 2048, 16  # few programs, which is what the case of 1 costs
-        wrap_triton(_scale_kernel)[(triton.cdiv(x.numel(), block * steps),)](
-            x, factor, x.numel(), BLOCK=block, STEPS=steps, num_warps=8
-        )
+        launch(
+            wrap_triton(_scale_kernel), triton.cdiv(x.numel(), block * steps), x,
+            x, factor, x.numel(), BLOCK=block, STEPS=steps, num_warps=8,
+        )  # fmt: skip
 
 
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

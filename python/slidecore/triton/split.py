@@ -11,7 +11,7 @@ import triton.language as tl
 
 from slidecore.triton import tuning
 from slidecore.triton._bits import high_part, low_part, split_reference
-from slidecore.triton._launch import check_plane, on_card, wrap_triton
+from slidecore.triton._launch import check_plane, launch, on_card, wrap_triton
 
 CANDIDATES = tuple(
     tuning.Config(block, warps=warps) for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8))
@@ -36,9 +36,10 @@ def _split(master: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, b
         weight.copy_(high)
         residual.copy_(low)
     elif n:
-        wrap_triton(_split_kernel)[(triton.cdiv(n, block),)](
-            master.view(torch.int32), weight.view(torch.int16), residual, n, BLOCK=block, num_warps=warps
-        )
+        launch(
+            wrap_triton(_split_kernel), triton.cdiv(n, block), master,
+            master.view(torch.int32), weight.view(torch.int16), residual, n, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
 
 
 def split(

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from slidecore.triton import tuning
 from slidecore.triton._bits import bits_or_floats, widened
-from slidecore.triton._launch import UNIT, check_plane, on_card, work_table
+from slidecore.triton._launch import UNIT, check_plane, launch, on_card, work_table
 
 CANDIDATES = tuple(tuning.Config(block, steps, warps) for block, warps in ((1024, 4), (2048, 8)) for steps in (1, 4, 8))
 DEFAULT = tuning.Config(2048, 4, 8)
@@ -48,9 +48,10 @@ def _run(plane: torch.Tensor, table: torch.Tensor, total: torch.Tensor, block: i
             total += plane[begin * UNIT : begin * UNIT + count].double().square().sum()
     elif len(table):
         partials = torch.empty(len(table), dtype=torch.float32, device=plane.device)
-        _square_sum_kernel[(len(table),)](
-            bits_or_floats(plane), table, partials, BLOCK=block, STEPS=steps, num_warps=warps
-        )
+        launch(
+            _square_sum_kernel, len(table), plane, bits_or_floats(plane), table, partials,
+            BLOCK=block, STEPS=steps, num_warps=warps,
+        )  # fmt: skip
         total += partials.sum(dtype=torch.float64)
 
 

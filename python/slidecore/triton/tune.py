@@ -111,7 +111,7 @@ def cases(parameters: int, device: torch.device) -> Iterator[Case]:
         lambda c: _accumulate.accumulate(total, own, offsets, config=c),
     )  # fmt: skip
     yield Case(
-        "accumulate, last", "accumulate", 8 * used, "reads gradient 2, sum 4; writes bf16 2; sums squares",
+        "accumulate, last", "accumulate last", 8 * used, "reads gradient 2, sum 4; writes bf16 2; sums squares",
         _accumulate.CANDIDATES, _accumulate.DEFAULT,
         lambda c: _accumulate.accumulate(total, own, offsets, out=weight, square_sum=square, config=c),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import triton
@@ -27,13 +28,35 @@ import triton
 log = logging.getLogger("slidecore.triton")
 
 
+Loads = Literal["plain", "early", "ahead"]
+
+
 @dataclass(frozen=True)
 class Config:
-    """A launch: elements of a block, blocks that one program handles one after the other, and warps."""
+    """A launch: elements of a block, blocks that one program handles one after the other, and warps.
+
+    `registers` is the most that a thread may have (0: the compiler's choice). `loads` says where a kernel that has the
+    choice (`adamw` with 8-bit moments on NVIDIA's cards) loads a block: "plain" leaves the order to the compiler,
+    "early" has all of its loads on their way before the first is used, "ahead" before the block before it is stored.
+    """
 
     block: int
     steps: int = 1
     warps: int = 4
+    loads: Loads = "plain"
+    registers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block", "warps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1 or value & (value - 1):
+                raise ValueError(f"{name}={value!r} must be a power of two")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps={self.steps!r} must be a positive number")
+        if not isinstance(self.registers, int) or not 0 <= self.registers <= 255:
+            raise ValueError(f"registers={self.registers!r} must be at most 255, or 0 for the compiler's choice")
+        if self.loads not in get_args(Loads):
+            raise ValueError(f"loads={self.loads!r} must be one of {', '.join(get_args(Loads))}")
 
     @property
     def elements(self) -> int:
@@ -42,7 +65,11 @@ class Config:
 
 
 def path() -> Path:
-    """The file of stored choices."""
+    """The file of stored choices.
+
+    Raises:
+        RuntimeError: no variable says where, and this user has no home.
+    """
     return _path(*map(os.environ.get, ("SLIDECORE_CACHE", "XDG_CACHE_HOME", "HOME")))
 
 
@@ -65,7 +92,7 @@ def key(operation: str, size: int) -> str:
     return f"{operation} 2^{max(0, size - 1).bit_length()}"
 
 
-_stored: dict[Path, dict[str, dict[str, Config]]] = {}
+_stored: dict[Path | None, dict[str, dict[str, Config]]] = {}
 
 
 def _read(file: Path) -> dict[str, dict[str, Config]]:
@@ -80,17 +107,25 @@ def _read(file: Path) -> dict[str, dict[str, Config]]:
 
 
 def _choices() -> dict[str, dict[str, Config]]:
-    file = path()
+    try:
+        file = path()
+    except RuntimeError as error:
+        if None not in _stored:
+            log.warning("kernels run with their defaults: %s; SLIDECORE_CACHE names a directory for choices", error)
+            _stored[None] = {}
+        return _stored[None]
     if file not in _stored:
         _stored[file] = _read(file)
     return _stored[file]
 
 
 @torch.compiler.assume_constant_result
-def _found(operation: str, size: int, device: str) -> tuple[int, int, int] | None:
+def _found(operation: str, size: int, device: str) -> tuple[int, int, int, Loads, int] | None:
     """Reads the environment and a file, which torch.compile cannot trace: it takes the result as it is."""
     config = _choices().get(card(torch.device(device)), {}).get(key(operation, size))
-    return None if config is None else (config.block, config.steps, config.warps)
+    if config is None:
+        return None
+    return (config.block, config.steps, config.warps, config.loads, config.registers)
 
 
 def lookup(operation: str, size: int, device: torch.device, default: Config) -> Config:
@@ -103,7 +138,12 @@ def lookup(operation: str, size: int, device: torch.device, default: Config) -> 
 
 def store(operation: str, size: int, device: torch.device, config: Config) -> None:
     """Keeps a choice for this and later processes. A file that cannot be written is a warning, not an error."""
-    file = path()
+    try:
+        file = path()
+    except RuntimeError as error:
+        _choices().setdefault(card(device), {})[key(operation, size)] = config
+        log.warning("the choice of kernels is kept by this process only: %s", error)
+        return
     merged = _read(file)  # another process may have written since
     merged.setdefault(card(device), {})[key(operation, size)] = config
     _stored[file] = merged
@@ -140,11 +180,12 @@ def tune(
         RuntimeError: no candidate ran.
     """
     times: dict[Config, float] = {}
-    for config in candidates:
-        try:
-            times[config] = triton.testing.do_bench(lambda config=config: run(config), warmup=5, rep=20)
-        except triton.runtime.errors.OutOfResources as error:  # more than this card has: not a candidate here
-            log.info("%s: %s does not fit: %s", operation, config, error)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for config in candidates:
+            try:
+                times[config] = triton.testing.do_bench(lambda config=config: run(config), warmup=5, rep=20)
+            except triton.runtime.errors.OutOfResources as error:  # more than this card has: not a candidate here
+                log.info("%s: %s does not fit: %s", operation, config, error)
     if not times:
         raise RuntimeError(f"{operation}: no configuration runs on {card(device)}")
     best = min(times, key=lambda c: times[c])
