@@ -65,8 +65,9 @@ demo: $(stamps)/package
 
 test: test-python test-cpp test-downstream
 
+# Neighbours share what they compute once, so that each process gets a run of them (worksteal).
 test-python: $(stamps)/test
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pytest -n $(JOBS)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pytest -n $(JOBS) --dist worksteal
 
 test-cpp: $(stamps)/venv
 	scripts/check_compiler.sh

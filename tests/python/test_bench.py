@@ -71,40 +71,39 @@ def check_system(result: dict[str, Any], batches: list[int], losses: int) -> Non
         assert whole["rss_anon_shmem_bytes"] > above["rss_anon_shmem_bytes"]
 
 
-def test_train_systems_compute_the_same() -> None:
+def test_train_systems_compute_the_same(tmp_path: Path) -> None:
     require_engine()
     require_transformers()
     torch_distributed = pytest.importorskip("torch.distributed")
     if not torch_distributed.is_available() or not torch_distributed.is_gloo_available():
         pytest.skip("this PyTorch has no gloo, which FSDP2 needs on a CPU")
-    document = run("train.py", "--quick", "--device", "cpu", "--untied", "--lr", "1e-3")
-    for name in ("resident", "fsdp2-offload", "slidecore"):
-        check_system(document["systems"][name], [2, 4], losses=4)
+    disk = json.dumps({"host_memory": 3_300_000, "disk": str(tmp_path)})
+    document = run(
+        "train.py", "--quick", "--device", "cpu", "--untied", "--lr", "1e-3", "--disk-options", disk,
+        "--systems", "resident,fsdp2-offload,slidecore,slidecore-disk",
+    )  # fmt: skip
+    for result in document["systems"].values():
+        check_system(result, [2, 4], losses=4)
     for name in ("fsdp2-offload", "slidecore"):
         for comparison in document["compared"][name].values():
             # The losses fall by some tenths here; gradients rounded to bfloat16 at other places move them by 1e-3.
             assert comparison["against resident"]["loss_max_difference"] < 5e-3
             assert comparison["against resident"]["speedup_mean"] > 0
-
-
-def test_train_records_a_failing_system_and_goes_on(tmp_path: Path) -> None:
-    require_engine()
-    require_transformers()
-    disk = json.dumps({"host_memory": 3_300_000, "disk": str(tmp_path)})
-    document = run(
-        "train.py", "--quick", "--device", "cpu", "--tied", "--lr", "1e-3",
-        "--fsdp2-options", '{"no_such_option": 1}', "--disk-options", disk,
-        "--systems", "fsdp2-offload,resident,slidecore,slidecore-disk", code=1,
-    )  # fmt: skip
-    assert "no_such_option" in document["systems"]["fsdp2-offload"]["error"]
-    for name in ("resident", "slidecore", "slidecore-disk"):
-        check_system(document["systems"][name], [2, 4], losses=4)
-    for comparison in document["compared"]["slidecore"].values():
-        assert comparison["against resident"]["loss_max_difference"] < 5e-3
     for batch, result in document["systems"]["slidecore-disk"]["batches"].items():
         assert result["losses"] == document["systems"]["slidecore"]["batches"][batch]["losses"]
         assert result["disk"]["read_bytes"] >= result["disk"]["written_bytes"] > 0
         assert result["disk"]["limit_over_step"] > 0
+
+
+def test_train_records_a_failing_system_and_goes_on() -> None:
+    require_engine()
+    require_transformers()
+    document = run(
+        "train.py", "--quick", "--device", "cpu", "--tied", "--lr", "1e-3", "--batch", "2",
+        "--fsdp2-options", '{"no_such_option": 1}', "--systems", "fsdp2-offload,slidecore", code=1,
+    )  # fmt: skip
+    assert "no_such_option" in document["systems"]["fsdp2-offload"]["error"]
+    check_system(document["systems"]["slidecore"], [2], losses=4)
 
 
 def test_adamw() -> None:

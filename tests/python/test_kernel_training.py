@@ -46,7 +46,7 @@ def train(
     model = offload(clone(plain), device=device, **options)
     if tile is not None:
         engine_of(model).activations.head_tile = lambda vocabulary: tile  # type: ignore[method-assign]
-    losses = train_offloaded(model, token_batches(4))
+    losses = train_offloaded(model, token_batches(4 if CARD else 2))  # the interpreter is slow
     result = weights(model)
     slidecore.close(model)
     return losses, result
