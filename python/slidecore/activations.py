@@ -156,7 +156,8 @@ class Activations:
         splittable = any(split)
         batch = main.shape[0] if splittable else 1
         if self._budget is not None and (key, splittable) not in self._graph_bytes:
-            sample = [t[:1].clone() if s else t for t, s in zip(tensors, split, strict=True)]
+            # Copies: the block may write to what it is given.
+            sample = [(t[:1] if s else t).clone() for t, s in zip(tensors, split, strict=True)]
             try:
                 self._graph_bytes[key, splittable] = self._probe(use, call, sample, kept)
             except Exception as error:  # a block's own code, which may count on all of what is no batch

@@ -132,6 +132,7 @@ class VisitGraph:
         self._phase = _Phase()
         self._gradients: list[torch.Tensor | None] = []
         self._differentiable: list[int] = []
+        self.written: list[int] = []  # inputs that the module wrote to, so that they got a graph; outputs, too
         self._edges: list[Any] = []
         self._rows: list[bool] = []  # whether an output has a dimension 0 of size one, and more
         self.reads_weights = False
@@ -187,7 +188,8 @@ class VisitGraph:
         """Runs `module` on `inputs` with its weights in `slot`, and returns its outputs, detached.
 
         Args:
-            inputs: detached tensors; those with `requires_grad` get a gradient in `backward`.
+            inputs: detached tensors; those with `requires_grad` get a gradient in `backward`. The graphs of those that
+                `module` writes to are ends of this one, behind its outputs.
             anchor: any tensor that requires a gradient; it gets none.
         """
         self._slot = slot
@@ -198,8 +200,17 @@ class VisitGraph:
                 bound = _Boundary.apply(self, anchor, *(inputs[i] for i in self._differentiable))
                 for i, tensor in zip(self._differentiable, bound, strict=True):
                     own[i] = tensor
+            given = [(t._version, t.grad_fn) for t in own]
             outputs = module(own)
-        self._edges = [torch.autograd.graph.get_gradient_edge(t) if t.requires_grad else None for t in outputs]
+        self.written = [
+            i
+            for i, (t, (version, node)) in enumerate(zip(own, given, strict=True))
+            if t._version != version and t.grad_fn is not node
+        ]
+        self._edges = [
+            torch.autograd.graph.get_gradient_edge(t) if t.requires_grad else None
+            for t in [*outputs, *(own[i] for i in self.written)]
+        ]
         self._rows = [t.dim() > 1 and t.shape[0] == 1 for t in outputs]
         self._slot = None
         return [outliving(slot, t.detach()) for t in outputs]

@@ -70,6 +70,8 @@ class Record:
     previous: weakref.ref[Record] | None = None  # the visit whose inputs backward needs next
     generation: int = 0  # of the weights that the forward read
     modes: list[bool] = field(default_factory=list)  # `training` of each of `modules` at forward
+    written: list[int] = field(default_factory=list)  # inputs whose graph the module changed, by writing to them
+    same_versions: contextlib.AbstractContextManager[None] = field(default_factory=contextlib.nullcontext)
     consumed: bool = False
     held: int = 0  # bytes of kept graphs
     node: weakref.ref[Any] | None = None  # of autograd; it owns this record
@@ -187,6 +189,15 @@ class VisitFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         record.requires_grad = [t.requires_grad for t in tensors]
         outputs = record.engine.visits.run_forward(record, [t.detach() for t in tensors])
+        if record.written:
+            # As outputs, behind the module's own: what uses them from now on is differentiated through the visit.
+            _check_writable(record, tensors)
+            outputs += [tensors[i] for i in record.written]
+            ctx.mark_dirty(*(tensors[i] for i in record.written))
+            # Autograd counts one more change of them, which would be none that the visit's graph has to complain about.
+            record.same_versions = torch.autograd._unsafe_preserve_version_counter(  # type: ignore[attr-defined]
+                tuple(tensors[i] for i in record.written)
+            )
         constant = [not any(g.differentiable(i) for g in record.graphs) for i in range(len(outputs))]
         ctx.mark_non_differentiable(*[t for t, c in zip(outputs, constant, strict=True) if c])
         return tuple(outputs)
@@ -201,6 +212,19 @@ class VisitFunction(torch.autograd.Function):
             )
         check_whole_backward(record.engine, record.use.chunk)
         return (None, None, *record.engine.visits.run_backward(record, gradients))
+
+
+def _check_writable(record: Record, tensors: Sequence[torch.Tensor]) -> None:
+    """Raises RuntimeError where autograd could not take over what the module wrote to its inputs."""
+    if record.micro_batches > 1 or any(tensors[i]._is_view() for i in record.written):
+        raise RuntimeError(_modified_input(record.use, "whose gradient would be lost"))
+
+
+def _modified_input(use: Use, consequence: str) -> str:
+    return (
+        f"{use.name} ({type(use.module).__name__}) modified its input in place, {consequence}. Replace the in-place "
+        f"operation (for example `x += y` by `x = x + y`)"
+    )
 
 
 def is_reached(reference: weakref.ref[Any] | None) -> bool:
@@ -262,9 +286,11 @@ class Visits:
         outputs = VisitFunction.apply(
             record, self.anchor if trains else None, *tensors, *(each.parameter for each in kept)
         )
+        record.same_versions.__exit__(None, None, None)
+        record.same_versions = contextlib.nullcontext()  # it holds the inputs
         engine.forward_visited(record)
         assert record.output is not None
-        value, *captured = record.output.put(outputs)
+        value, *captured = record.output.put(outputs[: len(outputs) - len(record.written)])
         Captured(*captured).deliver(modules, args, kwargs)
         return value
 
@@ -307,9 +333,7 @@ class Visits:
         if not record.keep_graph:
             if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
                 raise RuntimeError(
-                    f"{use.name} ({type(use.module).__name__}) modified its input in place, so its recomputation in "
-                    f"backward would start from other values. Replace the in-place operation (for example `x += y` by "
-                    f"`x = x + y`)"
+                    _modified_input(use, "so its recomputation in backward would start from other values")
                 )
             inputs = len(tensors) - len(record.kept)
             record.saved = [
@@ -362,6 +386,7 @@ class Visits:
         outputs = graph.run(slot, inputs, record.requires_grad, self.anchor, module)
         record.buffers.append(before.changed())
         record.graphs.append(graph)
+        record.written = graph.written
         record.input_sizes.append([t.shape for t in inputs])
         record.held += graph.nbytes
         engine.backend.hold(graph.nbytes)
