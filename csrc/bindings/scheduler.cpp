@@ -16,10 +16,25 @@ namespace {
 // close() is called by the thread that owns the model.
 class Handle {
  public:
-  explicit Handle(std::unique_ptr<Scheduler> scheduler) : scheduler_(std::move(scheduler)) {}
+  Handle(std::unique_ptr<Scheduler> scheduler, std::shared_ptr<AdamWSink> sink)
+      : scheduler_(std::move(scheduler)), sink_(std::move(sink)) {}
   Scheduler& get() const {
     if (!scheduler_) throw Error(Code::state, "the scheduler is closed");
     return *scheduler_;
+  }
+  // Prepares the sink and submits. A signal of Python cannot come between the two, nor can an error leave what was
+  // prepared behind: the chunk's next submission would be applied by it.
+  template <class Prepare, class Submit>
+  auto submit(std::uint32_t chunk, const Prepare& prepare, const Submit& submit) const {
+    Scheduler& scheduler = get();
+    if (sink_ == nullptr) throw Error(Code::state, "the scheduler has no sink for gradients");
+    prepare(*sink_);
+    try {
+      return submit(scheduler);
+    } catch (...) {
+      sink_->withdraw(chunk);
+      throw;
+    }
   }
   void close() {
     if (!scheduler_) return;
@@ -33,6 +48,7 @@ class Handle {
 
  private:
   std::unique_ptr<Scheduler> scheduler_;
+  std::shared_ptr<AdamWSink> sink_;
 };
 
 using ChunkTuple = std::tuple<std::string, std::uintptr_t, std::size_t, std::uint32_t>;
@@ -59,8 +75,9 @@ std::unique_ptr<Handle> make_scheduler(std::shared_ptr<Device> device, const std
   if (transfers != nullptr) options.transfers = transfers->shared();
   options.disk_pieces = disk_pieces;
   if (gpu_direct != nullptr) options.gpu_direct = gpu_direct->shared();
-  return std::make_unique<Handle>(std::make_unique<Scheduler>(std::move(device), std::move(chunk_specs),
-                                                              std::move(window_specs), std::move(sink), options));
+  auto scheduler =
+      std::make_unique<Scheduler>(std::move(device), std::move(chunk_specs), std::move(window_specs), sink, options);
+  return std::make_unique<Handle>(std::move(scheduler), std::move(sink));
 }
 
 Phase phase_of(int phase) {
@@ -125,28 +142,24 @@ void place(AdamWSink& sink, std::uint32_t chunk, const std::map<std::string, std
   sink.place(chunk, planes, regions);
 }
 
+using SegmentTuple = std::tuple<std::size_t, std::size_t, AdamWHyper>;
+using SumSegmentTuple = std::tuple<std::size_t, std::size_t, bool>;
+
+std::vector<AdamWSink::Segment> table_of(const std::vector<SegmentTuple>& segments) {
+  std::vector<AdamWSink::Segment> table;
+  for (const auto& [offset, length, hyper] : segments) table.push_back({offset, length, hyper});
+  return table;
+}
+
+std::vector<AdamWSink::SumSegment> table_of(const std::vector<SumSegmentTuple>& segments) {
+  std::vector<AdamWSink::SumSegment> table;
+  for (const auto& [offset, length, first] : segments) table.push_back({offset, length, first});
+  return table;
+}
+
 void bind_sink(py::module_& m) {
-  using Segment = std::tuple<std::size_t, std::size_t, AdamWHyper>;
-  using SumSegment = std::tuple<std::size_t, std::size_t, bool>;
   py::class_<AdamWSink, std::shared_ptr<AdamWSink>>(m, "AdamWSink")
       .def(py::init<std::shared_ptr<ThreadPool>>(), py::arg("pool"))
-      .def(
-          "prepare",
-          [](AdamWSink& sink, std::uint32_t chunk, const std::vector<Segment>& segments, bool gradient_float32) {
-            std::vector<AdamWSink::Segment> table;
-            for (const auto& [offset, length, hyper] : segments) table.push_back({offset, length, hyper});
-            sink.prepare(chunk, table, gradient_type(gradient_float32));
-          },
-          py::arg("chunk"), py::arg("segments"), py::arg("gradient_float32"))
-      .def(
-          "prepare_sum",
-          [](AdamWSink& sink, std::uint32_t chunk, const std::vector<SumSegment>& segments, std::uintptr_t sum,
-             bool gradient_float32) {
-            std::vector<AdamWSink::SumSegment> table;
-            for (const auto& [offset, length, first] : segments) table.push_back({offset, length, first});
-            sink.prepare_sum(chunk, table, pointer<float>(sum), gradient_type(gradient_float32));
-          },
-          py::arg("chunk"), py::arg("segments"), py::arg("sum"), py::arg("gradient_float32"))
       .def(
           "add_chunk",
           [](AdamWSink& sink, std::size_t n, bool gradient_float32) {
@@ -163,8 +176,7 @@ void bind_sink(py::module_& m) {
           ReleaseGil())
       .def("place", &place, py::arg("chunk"), py::kw_only(), py::arg("memory"), py::arg("disk"))
       .def_property_readonly("staging_bytes", &AdamWSink::staging_bytes)
-      .def("squares", &AdamWSink::squares, py::arg("chunk"))
-      .def("discard", &AdamWSink::discard, py::arg("chunk"));
+      .def("squares", &AdamWSink::squares, py::arg("chunk"));
 }
 
 }  // namespace
@@ -218,16 +230,31 @@ void bind_scheduler(py::module_& m) {
           py::arg("chunk"), py::arg("phase"), py::arg("stream"), ReleaseGil())
       .def(
           "submit_gradient",
-          [](const Handle& s, std::uint32_t chunk, std::uintptr_t gradient, std::size_t bytes, StreamHandle stream) {
-            return s.get().submit_gradient(chunk, pointer<const void>(gradient), bytes, stream);
+          [](const Handle& s, std::uint32_t chunk, const std::vector<SegmentTuple>& segments, bool float32,
+             std::uintptr_t gradient, std::size_t bytes, StreamHandle stream) {
+            return s.submit(
+                chunk, [&](AdamWSink& sink) { sink.prepare(chunk, table_of(segments), gradient_type(float32)); },
+                [&](Scheduler& scheduler) {
+                  return scheduler.submit_gradient(chunk, pointer<const void>(gradient), bytes, stream);
+                });
           },
-          py::arg("chunk"), py::arg("gradient"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+          py::arg("chunk"), py::arg("segments"), py::arg("gradient_float32"), py::arg("gradient"), py::arg("nbytes"),
+          py::arg("stream"), ReleaseGil())
       .def(
           "add_gradient",
-          [](const Handle& s, std::uint32_t chunk, std::uintptr_t gradient, std::size_t bytes, StreamHandle stream) {
-            return s.get().add_gradient(chunk, pointer<const void>(gradient), bytes, stream);
+          [](const Handle& s, std::uint32_t chunk, const std::vector<SumSegmentTuple>& segments, std::uintptr_t sum,
+             bool float32, std::uintptr_t gradient, std::size_t bytes, StreamHandle stream) {
+            return s.submit(
+                chunk,
+                [&](AdamWSink& sink) {
+                  sink.prepare_sum(chunk, table_of(segments), pointer<float>(sum), gradient_type(float32));
+                },
+                [&](Scheduler& scheduler) {
+                  return scheduler.add_gradient(chunk, pointer<const void>(gradient), bytes, stream);
+                });
           },
-          py::arg("chunk"), py::arg("gradient"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
+          py::arg("chunk"), py::arg("segments"), py::arg("sum"), py::arg("gradient_float32"), py::arg("gradient"),
+          py::arg("nbytes"), py::arg("stream"), ReleaseGil())
       .def(
           "save_gradient",
           [](const Handle& s, std::uint32_t chunk, std::uintptr_t host, std::uintptr_t gradient, std::size_t bytes,
@@ -237,10 +264,14 @@ void bind_scheduler(py::module_& m) {
           py::arg("chunk"), py::arg("host"), py::arg("gradient"), py::arg("nbytes"), py::arg("stream"), ReleaseGil())
       .def(
           "update",
-          [](const Handle& s, std::uint32_t chunk, std::uintptr_t gradient, std::size_t bytes, Ticket after) {
-            s.get().update(chunk, pointer<const void>(gradient), bytes, after);
+          [](const Handle& s, std::uint32_t chunk, const std::vector<SegmentTuple>& segments, bool float32,
+             std::uintptr_t gradient, std::size_t bytes, Ticket after) {
+            s.submit(
+                chunk, [&](AdamWSink& sink) { sink.prepare(chunk, table_of(segments), gradient_type(float32)); },
+                [&](Scheduler& scheduler) { scheduler.update(chunk, pointer<const void>(gradient), bytes, after); });
           },
-          py::arg("chunk"), py::arg("gradient"), py::arg("nbytes"), py::arg("after"), ReleaseGil())
+          py::arg("chunk"), py::arg("segments"), py::arg("gradient_float32"), py::arg("gradient"), py::arg("nbytes"),
+          py::arg("after"), ReleaseGil())
       .def(
           "save_input",
           [](const Handle& s, std::int32_t chunk, std::uintptr_t host, std::uintptr_t device, std::size_t bytes,

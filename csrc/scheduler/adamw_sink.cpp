@@ -271,6 +271,12 @@ void AdamWSink::discard(std::uint32_t index) {
   chunk.prepared.clear();
 }
 
+void AdamWSink::withdraw(std::uint32_t index) {
+  Chunk& chunk = impl_->chunk(index);
+  const std::lock_guard lock(impl_->mutex);
+  if (!chunk.prepared.empty()) chunk.prepared.pop_back();
+}
+
 void AdamWSink::begin(std::uint32_t index) {
   Chunk& chunk = impl_->chunk(index);
   if (chunk.begun) throw Error(Code::state, label(index) + " began a submission before its last one ended");

@@ -274,22 +274,8 @@ class AdamWSink:
         """Lets planes lie on disk: pieces of up to `stage_elements` elements pass through so many stages of memory."""
     @property
     def staging_bytes(self) -> int: ...
-    def prepare(self, chunk: int, segments: Sequence[tuple[int, int, AdamWHyper]], gradient_float32: bool) -> None:
-        """Says how the chunk's next submission is applied: (offset, length, hyper) in elements, ascending.
-
-        Elements outside the segments stay as they are.
-        """
-    def prepare_sum(
-        self, chunk: int, segments: Sequence[tuple[int, int, bool]], sum: int, gradient_float32: bool
-    ) -> None:
-        """Has the chunk's next submission added to the float32 elements at address `sum`.
-
-        segments: (offset, length, whether what is there is overwritten) in elements, ascending.
-        """
     def squares(self, chunk: int) -> list[float]:
         """The sum of squares of each segment after the chunk's last submission to a sum."""
-    def discard(self, chunk: int) -> None:
-        """Drops what was prepared for the chunk and not begun."""
 
 @final
 class Scheduler:
@@ -317,13 +303,45 @@ class Scheduler:
         """visits: (chunk, FORWARD | BACKWARD, reads weights, ends in an update)."""
     def acquire(self, chunk: int, phase: int, stream: int) -> int: ...
     def release(self, chunk: int, phase: int, stream: int) -> None: ...
-    def submit_gradient(self, chunk: int, gradient: int, nbytes: int, stream: int) -> int: ...
-    def add_gradient(self, chunk: int, gradient: int, nbytes: int, stream: int) -> int:
-        """As submit_gradient(), for a gradient that prepare_sum() was called for."""
+    def submit_gradient(
+        self,
+        chunk: int,
+        segments: Sequence[tuple[int, int, AdamWHyper]],
+        gradient_float32: bool,
+        gradient: int,
+        nbytes: int,
+        stream: int,
+    ) -> int:
+        """Downloads a gradient and updates the chunk by it: segments are (offset, length, hyper), ascending.
+
+        Elements outside the segments stay as they are. On an error nothing is submitted.
+        """
+    def add_gradient(
+        self,
+        chunk: int,
+        segments: Sequence[tuple[int, int, bool]],
+        sum: int,
+        gradient_float32: bool,
+        gradient: int,
+        nbytes: int,
+        stream: int,
+    ) -> int:
+        """Downloads a gradient and adds it to the float32 elements at address `sum`.
+
+        segments: (offset, length, whether what is there is overwritten) in elements, ascending.
+        """
     def save_gradient(self, chunk: int, host: int, gradient: int, nbytes: int, stream: int) -> int:
         """Downloads the gradient to `host`, once the chunk's updates so far are done."""
-    def update(self, chunk: int, gradient: int, nbytes: int, after: int) -> None:
-        """Updates the chunk from a gradient in host memory, once the ticket `after` (or 0) is done."""
+    def update(
+        self,
+        chunk: int,
+        segments: Sequence[tuple[int, int, AdamWHyper]],
+        gradient_float32: bool,
+        gradient: int,
+        nbytes: int,
+        after: int,
+    ) -> None:
+        """As submit_gradient(), from a gradient in host memory, once the ticket `after` (or 0) is done."""
     def save_input(self, chunk: int, host: int, device: int, nbytes: int, stream: int) -> int: ...
     def fetch_input(self, chunk: int, device: int, host: int, nbytes: int, stream: int, after: int = 0) -> int: ...
     def save_input_to_disk(self, chunk: int, on_disk: Region, device: int, nbytes: int, stream: int) -> int: ...

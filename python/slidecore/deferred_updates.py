@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,12 +92,13 @@ class DeferredUpdates(Updates):
         if self.adds_up:
             segments = [(e.offset, e.numel, e not in old) for e in entries]
             float32 = self.engine.compute_dtype == torch.float32
-            self._sink().prepare_sum(chunk.index, segments, plane.address(chunk), float32)
-            self._send(chunk, gradient, None, adds=True)
+            add = self.engine.scheduler.add_gradient
+            self._send(gradient, functools.partial(add, chunk.index, segments, plane.address(chunk), float32))
             waiting.ticket, waiting.summed, waiting.norms = 0, entries, {}
         else:
             waiting.norms = self._norms_on_device(gradient, entries)
-            waiting.ticket = self._send(chunk, gradient, plane.address(chunk))
+            save = self.engine.scheduler.save_gradient
+            waiting.ticket = self._send(gradient, functools.partial(save, chunk.index, plane.address(chunk)))
         return True
 
     def waiting(self) -> bool:
@@ -206,7 +208,8 @@ class DeferredUpdates(Updates):
             self.engine.scheduler.wait_updates()
         for chunk, waiting in self._waiting.items():
             if waiting.summed:
-                squares = torch.tensor(self._sink().squares(chunk.index), dtype=torch.float64)
+                assert self.engine.sink is not None  # which has added up
+                squares = torch.tensor(self.engine.sink.squares(chunk.index), dtype=torch.float64)
                 norms = squares.sqrt().to(torch.float32).unbind()
                 waiting.norms |= zip(waiting.summed, norms, strict=True)
                 waiting.summed = []
@@ -282,14 +285,20 @@ class DeferredUpdates(Updates):
         self._settle(chunk, [entry for entry in entries if entry in self._shown])
         segments = []
         for entry in entries:
-            entry.step += 1
             options = hyper[entry]
-            options.step = entry.step
+            options.step = entry.step + 1
             options.gradient_scale = self._factors.get(entry, 1.0) * clip
             segments.append((entry.offset, entry.numel, options))
-        self._sink().prepare(chunk.index, segments, plane.dtype == torch.float32)
-        nbytes = chunk.trainable_numel * plane.itemsize
-        self.engine.scheduler.update(chunk.index, plane.address(chunk), nbytes, self._waiting[chunk].ticket)
+        self.engine.scheduler.update(
+            chunk.index,
+            segments,
+            plane.dtype == torch.float32,
+            plane.address(chunk),
+            chunk.trainable_numel * plane.itemsize,
+            self._waiting[chunk].ticket,
+        )
+        for entry in entries:
+            entry.step += 1
 
     def _in_order(self, chunks: Iterable[Chunk]) -> list[Chunk]:
         """In the order in which the next forward needs them."""

@@ -149,6 +149,7 @@ class GradientBuffers:
         self._backend = backend
         self._limit = limit
         self._landing: deque[tuple[torch.Tensor, int]] = deque()
+        self._submitted: torch.Tensor | None = None  # and perhaps being read, by a download whose ticket is not known
 
     def take(self, scheduler: _core.Scheduler, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A flat buffer; waits (on the compute stream, and for the lane to get that far) while `limit` are landing."""
@@ -162,13 +163,26 @@ class GradientBuffers:
 
     def release(self, scheduler: _core.Scheduler) -> None:
         """Lets go of all buffers; the compute stream, in whose order memory is reused, comes after their downloads."""
+        self._settle(scheduler)
         while self._landing:
             scheduler.wait(self._landing.popleft()[1], self._backend.stream())
 
-    def landing(self, buffer: torch.Tensor, ticket: int) -> None:
-        """`buffer` is being downloaded; it is kept until `ticket` is done."""
+    def send(self, scheduler: _core.Scheduler, buffer: torch.Tensor, submit: Callable[[], int]) -> int:
+        """`submit` starts a download of `buffer`, which is kept until it is done, and returns its ticket."""
+        self._settle(scheduler)
+        self._submitted = buffer
+        ticket = submit()
         self._landing.append((buffer, ticket))
+        self._submitted = None
+        return ticket
+
+    def _settle(self, scheduler: _core.Scheduler) -> None:
+        """After Ctrl-C came as a download was submitted: it may have begun, and nobody knows its ticket."""
+        if self._submitted is not None:
+            scheduler.synchronize()
+            self._submitted = None
 
     def drain(self, scheduler: _core.Scheduler) -> None:
+        self._settle(scheduler)
         while self._landing:
             scheduler.synchronize_ticket(self._landing.popleft()[1])

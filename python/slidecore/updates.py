@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,25 +68,12 @@ class Updates(ABC):
                     f"set .grad to None to drop one"
                 )
 
-    def _sink(self) -> _core.AdamWSink:
-        sink = self.engine.sink
-        assert sink is not None  # gradients exist only where a model trains
-        return sink
-
-    def _send(self, chunk: Chunk, gradient: GradientSum, host: int | None, adds: bool = False) -> int:
-        """Starts the download of `gradient`: to `host`, or else to the sink. Returns its ticket."""
-        engine, scheduler = self.engine, self.engine.scheduler
+    def _send(self, gradient: GradientSum, submit: Callable[[int, int, int], int]) -> int:
+        """Starts the download of `gradient` by `submit` (address, bytes, stream). Returns its ticket."""
+        engine = self.engine
         flat = gradient.finish()
-        address, nbytes = flat.data_ptr(), flat.numel() * flat.element_size()
-        stream = engine.backend.stream()
-        if host is not None:
-            ticket = scheduler.save_gradient(chunk.index, host, address, nbytes, stream)
-        elif adds:
-            ticket = scheduler.add_gradient(chunk.index, address, nbytes, stream)
-        else:
-            ticket = scheduler.submit_gradient(chunk.index, address, nbytes, stream)
-        engine.gradient_buffers.landing(flat, ticket)
-        return ticket
+        address, nbytes, stream = flat.data_ptr(), flat.nbytes, engine.backend.stream()
+        return engine.gradient_buffers.send(engine.scheduler, flat, lambda: submit(address, nbytes, stream))
 
 
 class OverlapUpdates(Updates):
@@ -112,17 +101,18 @@ class OverlapUpdates(Updates):
                 f"backward?), and the first part has updated it already; use slidecore.AdamW(..., update='deferred')"
             )
         self._updated.add(chunk)
-        gradient.finish()  # may run out of memory; nothing is prepared by then
         segments = []
         for entry in entries:
-            entry.step += 1
             hyper = self._hyper[entry]
-            hyper.step = entry.step
+            hyper.step = entry.step + 1
             segments.append((entry.offset, entry.numel, hyper))
+        submit = self.engine.scheduler.submit_gradient
+        float32 = self.engine.compute_dtype == torch.float32
+        self._send(gradient, functools.partial(submit, chunk.index, segments, float32))
+        for entry in entries:
+            entry.step += 1
             self._handles[entry] = GradientHandle.make(entry.parameter, None)
             self._new.add(entry)
-        self._sink().prepare(chunk.index, segments, self.engine.compute_dtype == torch.float32)
-        self._send(chunk, gradient, None)
         return True
 
     def step(self, optimizer: AdamW) -> None:

@@ -140,6 +140,22 @@ TEST(AdamWSink, TablesAreTakenInTheOrderTheyWerePrepared) {
   EXPECT_TRUE(contains(message_of(Code::state, [&] { sink.begin(0); }), "chunk 0"));
 }
 
+TEST(AdamWSink, WithdrawDropsWhatWasPreparedLast) {
+  auto pool = std::make_shared<ThreadPool>(1);
+  Planes planes(100), expected(100);
+  AdamWSink sink(pool);
+  sink.add_chunk(planes.at(0), 100, GradientType::bfloat16);
+  sink.withdraw(0);  // of nothing
+  sink.prepare(0, {{0, 100, {.lr = 0.5}}});
+  sink.prepare(0, {{0, 100, {.lr = 0.25}}});
+  sink.withdraw(0);
+  const auto gradient = gradient_of(100, 4);
+  submit(sink, 0, gradient, 100);
+  adamw(*pool, {.lr = 0.5}, expected.at(0), gradient.data(), GradientType::bfloat16, 100);
+  EXPECT_TRUE(planes == expected);
+  message_of(Code::state, [&] { sink.begin(0); });
+}
+
 TEST(AdamWSink, DiscardDropsWhatWasNotBegun) {
   auto pool = std::make_shared<ThreadPool>(1);
   Planes planes(100), expected(100);

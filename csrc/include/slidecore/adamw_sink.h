@@ -79,6 +79,9 @@ class AdamWSink final : public GradientSink {
   // Drops what was prepared for the chunk and not begun (a step that was given up).
   void discard(std::uint32_t chunk);
 
+  // Drops what was prepared last for the chunk: its submission was refused. Those before it stay.
+  void withdraw(std::uint32_t chunk);
+
   // Throw Error(state) if nothing is prepared for the chunk, and Error(invalid_argument) for pieces out of their order
   // and for a submission that is not the whole gradient.
   void begin(std::uint32_t chunk) override;
