@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What README and docs say about a card, measured on this machine: every program with the arguments that they name.
+"""The figures that README and docs give for a card, measured on this one: the programs of bench/ with sizes for them.
 
 Each measurement runs in a process of its own under a limit of its own, writes DIR/NAME.json as it goes (a run that is
 cut off keeps what it has) and DIR/NAME.log, and a failure does not stop the others. DIR/card.json says how each ended.
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Measurement:
-    """One command. `typical_s` is what it took on 16 cores beside an H200; the limit is twice that and a minute."""
+    """One command. `typical_s` is a guess, with 16 cores and an H200 in mind; the limit is twice that and a minute."""
 
     name: str
     typical_s: int
@@ -130,7 +130,7 @@ def _measure(chosen: Sequence[Measurement], arguments: argparse.Namespace) -> di
         left = end - time.monotonic()
         began = time.monotonic()
         if left < measurement.typical_s:
-            result = f"skipped: it takes about {measurement.typical_s} s and {max(0, left):.0f} were left"
+            result = f"skipped: it may take {measurement.typical_s} s and {max(0, left):.0f} were left"
         else:
             log(f"{measurement.name}: {measurement.command}")
             file = out / f"{measurement.name}.json"

@@ -234,7 +234,14 @@ def is_reached(reference: weakref.ref[Any] | None) -> bool:
 
 
 def check_whole_backward(engine: Engine, chunk: Chunk) -> None:
-    """Raises UsageError in a backward for some gradients only: it would update the weights all the same."""
+    """Raises UsageError in a backward that is to be differentiated again (gradients have no graph here), and in one for
+    some gradients only: it would update the weights all the same.
+    """
+    if torch.is_grad_enabled():  # as the engine has it for create_graph=True
+        raise UsageError(
+            "second derivatives (create_graph=True) do not pass an offloaded model: they would count as zero. Take the "
+            "penalty through a part that is not offloaded"
+        )
     node = engine.visits.anchor_node
     if any(e.trainable for e in chunk.entries) and not torch._C._will_engine_execute_node(node):  # type: ignore[attr-defined]
         raise UsageError(

@@ -206,3 +206,25 @@ def test_embedding_with_max_norm(offload: Offload) -> None:
     slidecore.synchronize(model)
     assert torch.equal(model.embedding.weight, plain.embedding.weight)
     assert all(torch.allclose(w, weights(plain)[name], atol=1e-6) for name, w in weights(model).items())
+
+
+@pytest.mark.parametrize("keep_graphs", [0, 3])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_second_derivatives(offload: Offload, trainable: bool, keep_graphs: int) -> None:
+    """A gradient penalty would otherwise be a constant."""
+    model = offload(Stack().requires_grad_(trainable), keep_graphs=keep_graphs)
+    optimizer = slidecore.AdamW(model.parameters()) if trainable else None
+    x = torch.randn(3, 7, requires_grad=True)
+    with pytest.raises(slidecore.UsageError, match="create_graph=True"):
+        model(x).sum().backward(create_graph=True)
+    model(x).sum().backward()  # goes on as if nothing had been
+    assert x.grad is not None
+    if optimizer is not None:
+        optimizer.step()
+
+
+def test_second_derivatives_of_a_head(offload: Offload) -> None:
+    model = offload(language_model("llama").train())
+    slidecore.AdamW(model.parameters())
+    with pytest.raises(slidecore.UsageError, match="create_graph=True"):
+        loss_of(model, token_batches(1)[0]).backward(create_graph=True)

@@ -69,8 +69,7 @@ class Storage {
   Storage& operator=(const Storage&) = delete;
 
   // Preallocates until regions of `bytes` in total fit (those that exist counted in; each takes a multiple of
-  // alignment()). Throws Error(io) with what is
-  // needed and what is free in each directory; then nothing has changed.
+  // alignment()). Throws Error(io) with what is needed and what is free in each directory; then nothing has changed.
   void reserve(std::uint64_t bytes);
 
   // Gives the drives back what lies behind the last region, also where reserve() has preallocated it.
