@@ -44,6 +44,7 @@ class Handle {
       // A failed lane was reported to the call that met it; closing is still possible.
     }
     scheduler_.reset();
+    sink_.reset();  // its stages hold the transfers, and these their threads and files
   }
 
  private:

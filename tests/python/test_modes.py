@@ -28,6 +28,7 @@ from _models import (
     weights,
     worst,
 )
+from _threads import assert_no_more_threads, native_threads
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -184,10 +185,6 @@ def test_one_backward_through_two_models(offload: Offload) -> None:
         assert_same_weights(model, plain)
 
 
-def native_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
 @pytest.mark.parametrize("kind", ["llama", "stack"])
 def test_close_leaves_a_plain_model(kind: str) -> None:
     plain = (Stack() if kind == "stack" else language_model(kind)).train()
@@ -195,15 +192,14 @@ def test_close_leaves_a_plain_model(kind: str) -> None:
     model = clone(plain)
     own = {name: set(module.__dict__) for name, module in model.named_modules()}
     hooks = {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}
-    loss_of(model, batches[0])  # starts PyTorch's own threads
     threads = native_threads()
     slidecore.offload(model, device="cpu")
-    assert native_threads() > threads
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-3)
     train_offloaded(model, batches[:3])
     train_plain(plain, batches[:3], optimizer=lambda _: reference)
+    assert native_threads() - threads
     slidecore.close(model)
-    assert native_threads() == threads
+    assert_no_more_threads(threads)
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == own
     assert {name: len(module._forward_pre_hooks) for name, module in model.named_modules()} == hooks
     assert worst(distance(weights(model), weights(plain)))[0] < 1e-5
@@ -265,7 +261,7 @@ def test_dropped_models_leave_no_threads_and_no_memory() -> None:
         del model, optimizer
         gc.collect()
         assert seen() is None
-        assert native_threads() == threads
+        assert_no_more_threads(threads)
         assert slidecore._core.HostBuffer.mapped_now() == mapped
 
 

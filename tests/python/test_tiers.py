@@ -17,6 +17,7 @@ import torch
 from _disk import SMALL, assert_same, smallest, state
 from _models import language_model, token_batches
 from _runs import Run
+from _threads import assert_no_more_threads, native_threads
 from slidecore import _core, calibration, host_pressure, tiers
 from slidecore.offloading import engine_of
 from torch import nn
@@ -467,17 +468,14 @@ def test_shorter_buffers_make_room_for_longer_inputs(offload: Offload) -> None:
 
 def test_close_leaves_no_thread_and_no_file(offload: Offload, tmp_path: Path) -> None:
     """Also while the optimizer, and whatever else knows the engine, is still there."""
-
-    def threads() -> list[str]:
-        return sorted((task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
-
     least = smallest(lambda: language_model("llama"), tmp_path)
-    before = [name for name in threads() if name.startswith("slidecore")]
+    before = native_threads()
     run = Run(language_model("llama"), offload, host_memory=least, disk=tmp_path, **SMALL)
     run.train(token_batches(2))
     engine = engine_of(run.model)
+    assert native_threads() - before
     slidecore.close(run.model)
-    assert [name for name in threads() if name.startswith("slidecore")] == before
+    assert_no_more_threads(before)
     links = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
     assert not [link for link in links if str(tmp_path) in link]
     assert engine.closed
