@@ -141,8 +141,6 @@ class _Run:
         saves = steps // options.save_every - training.done // options.save_every if options.save_every else 0
         state = slidecore.stats(model)
         self.out.check_space(saved, state.planes_bytes + state.disk_memory, keep=options.keep, saves=saves)
-        if resumption is None:
-            self.out.remove_earlier_run()
         return training, steps
 
     def _pack(self, scratch: Path) -> tuple[PackedData, PackedData | None]:
@@ -188,7 +186,12 @@ class _Run:
         metrics_file = MetricsFile(self.out.path / output.METRICS, training.history)
         with metrics_file, self.progress.steps(steps, training.done) as show:
             for self.step in range(training.done + 1, steps + 1):
-                metrics = training.step(self.step, self.out.path)
+                metrics = training.step(self.step)
+                if self.step == 1:
+                    # Not before: a run that is refused in its first step (a budget too small for the batch) would
+                    # have destroyed the earlier one for nothing.
+                    self.out.remove_earlier_run()
+                training.save_trace(self.out.path)
                 metrics_file.write(metrics)
                 show(metrics)
                 due = options.save_every > 0 and self.step % options.save_every == 0

@@ -73,10 +73,12 @@ class MetricsFile:
     """Writes metrics.jsonl line by line, so that it can be followed, and is whole up to wherever a run stopped.
 
     It begins with the steps `before` a resumption: a run that was killed may have written more lines than it saved.
+    Until there is a line, an earlier file stays: a run may be refused in its first step.
     """
 
     def __init__(self, path: Path, before: Iterable[StepMetrics] = ()) -> None:
-        self._file: IO[str] = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by __exit__
+        self._path = path
+        self._file: IO[str] | None = None
         for metrics in before:
             self.write(metrics)
 
@@ -86,14 +88,13 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        empty = self._file.tell() == 0
-        self._file.close()
-        if empty:
-            # Or the same command with another --device-memory would be refused for what the refused one has left.
-            Path(self._file.name).unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
 
     def write(self, metrics: StepMetrics) -> None:
         """Appends one step."""
+        if self._file is None:
+            self._file = open(self._path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by __exit__
         self._file.write(json.dumps(asdict(metrics)) + "\n")
 
 

@@ -43,6 +43,7 @@ class Training:
         self.history: list[StepMetrics] = []
         self._total = steps
         self._stopping = stopping
+        self._trace: slidecore.trace | None = None  # of the step that was taken last
         self._warming = {1}  # steps that also make something ready, and say nothing of the speed
         torch.manual_seed(options.seed)
         self.optimizer = slidecore.AdamW(
@@ -65,8 +66,8 @@ class Training:
         self.history = history
         self._warming.add(self.done + 1)
 
-    def step(self, number: int, out: Path) -> StepMetrics:
-        """Trains on the batch of step `number`, counted from 1; traces it into `out` if it is the step to trace.
+    def step(self, number: int) -> StepMetrics:
+        """Trains on the batch of step `number`, counted from 1; traces it if it is the step to trace.
 
         Where it is due, the loss on what was held out is taken afterwards.
 
@@ -80,8 +81,7 @@ class Training:
             with slidecore.trace(self.model) as trace:
                 loss, lr = self._update(number)
                 slidecore.synchronize(self.model)
-            trace.save(out / output.TRACE)
-            plot_timeline(out / output.TIMELINE_PLOT, trace.spans, title=f"Lanes in step {number}")
+            self._trace = trace
         else:
             loss, lr = self._update(number)
         seconds = time.perf_counter() - began
@@ -99,6 +99,13 @@ class Training:
         )
         self.history.append(metrics)
         return metrics
+
+    def save_trace(self, out: Path) -> None:
+        """Writes and draws into `out` what the last step recorded, if it was the one to trace."""
+        if self._trace is not None:
+            trace, self._trace = self._trace, None
+            trace.save(out / output.TRACE)
+            plot_timeline(out / output.TIMELINE_PLOT, trace.spans, title=f"Lanes in step {self.done}")
 
     def tokens_per_second(self) -> float:
         """Over all steps but the first of a process, which warms up, and the traced one."""

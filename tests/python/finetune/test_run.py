@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -203,15 +204,42 @@ def test_a_budget_refused_in_the_first_step_leaves_the_directory_for_the_next_ru
     loop.run(options)
 
 
+def test_a_run_refused_in_its_first_step_leaves_the_earlier_one(options: Options) -> None:
+    loop.run(dataclasses.replace(options, save_every=1))
+    before = {path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()}
+    assert any(output.CHECKPOINTS in path.parts for path in before)
+    with pytest.raises(BudgetError, match="too small for this batch"):
+        loop.run(dataclasses.replace(options, device_memory="180KiB", batch_size=16, overwrite=True))
+    assert {path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()} == before
+    # A run that begins takes its place, with the figures of its own first step.
+    loop.run(dataclasses.replace(options, overwrite=True, trace_step=1, steps=1))
+    assert not (options.out / output.CHECKPOINTS).exists()
+    assert len(_lines(options.out)) == 1
+    assert (options.out / output.TRACE).read_bytes() != before[options.out / output.TRACE]
+
+
+def test_the_traced_steps_time_is_without_its_picture(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def slow(*_: Any, **__: Any) -> None:
+        drawn.append(True)
+        time.sleep(2)
+
+    monkeypatch.setattr("slidecore.finetune.training.plot_timeline", slow)
+    loop.run(options)
+    assert drawn == [True]
+    assert _lines(options.out)[1]["seconds"] < 2
+
+
 def test_an_interrupt_says_what_is_lost_and_leaves_no_half_model(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = loop.Training.step
 
-    def interrupted(self: Any, number: int, out: Path) -> Any:
+    def interrupted(self: Any, number: int) -> Any:
         if number == 3:
             raise KeyboardInterrupt
-        return step(self, number, out)
+        return step(self, number)
 
     monkeypatch.setattr(loop.Training, "step", interrupted)
     with pytest.raises(InterruptedRunError, match="the updates of 2 steps are lost") as error:
@@ -257,12 +285,12 @@ def test_overwriting_leaves_nothing_of_the_earlier_model(
 def test_a_directory_is_one_runs_at_a_time(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     step = loop.Training.step
 
-    def another(self: Any, number: int, out: Path) -> Any:
-        before = sorted(path.name for path in out.iterdir())
+    def another(self: Any, number: int) -> Any:
+        before = sorted(path.name for path in options.out.iterdir())
         with pytest.raises(InputError, match="another run is writing"):
-            output.OutputDirectory(out, overwrite=True)
-        assert sorted(path.name for path in out.iterdir()) == before
-        return step(self, number, out)
+            output.OutputDirectory(options.out, overwrite=True)
+        assert sorted(path.name for path in options.out.iterdir()) == before
+        return step(self, number)
 
     monkeypatch.setattr(loop.Training, "step", another)
     loop.run(options)
