@@ -21,7 +21,7 @@ from slidecore.finetune.options import Options
 from slidecore.finetune.plots import plot_loss
 from slidecore.finetune.report import MetricsFile, Progress, Summary, format_seconds
 from slidecore.finetune.resuming import Resumption, identity_of
-from slidecore.finetune.training import Training, cosine_schedule, parameter_groups
+from slidecore.finetune.training import DivergedError, Training, cosine_schedule, parameter_groups
 from slidecore.loading import Checkpoint
 from slidecore.offloading import engine_of
 from slidecore.parameters import visit_weights
@@ -47,7 +47,7 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
     Raises:
         InputError: the model, the data, the output directory or an option cannot be used; nothing has been trained.
         MissingDependencyError: a package of the `finetune` extra is not installed.
-        TrainingError: the loss is not finite, or the disk is full.
+        TrainingError: the loss or a weight is not finite, or the disk is full.
         CheckpointError: a checkpoint cannot be written for another reason.
         InterruptedRunError: Ctrl-C; TerminatedRunError: SIGTERM. The step that ran was finished and saved, except
             where nothing had been trained or the signal came twice; the message says which.
@@ -68,6 +68,7 @@ class _Run:
         self.interrupts = interrupts
         self.step = 0  # that is being taken, or was taken last
         self.kept = 0  # the last one that is in a checkpoint
+        self.checkpoint_path: Path | None = None  # that one's
         self.trained = False  # to the end
         self.saved = False  # the model
         self._engine: Engine | None = None
@@ -102,6 +103,8 @@ class _Run:
                     return self._summary(training, steps)
         except KeyboardInterrupt:
             raise self.interrupts.error(f"interrupted; {self._lost()}", self._what_is_left()) from None
+        except DivergedError as error:
+            raise TrainingError(error.message, self._way_back() or error.hint) from error
         except Exception as error:
             if not output.disk_is_full(error):
                 raise
@@ -137,6 +140,7 @@ class _Run:
             with progress.stage(f"Going on from {resumption.path.name}"):
                 resumption.load(training)
             self.step = self.kept = resumption.step
+            self.checkpoint_path = resumption.path
         saved = sum(p.numel() * p.element_size() for p in model.parameters())
         saves = steps // options.save_every - training.done // options.save_every if options.save_every else 0
         state = slidecore.stats(model)
@@ -205,8 +209,7 @@ class _Run:
                     )
 
     def _save_model(self, training: Training, steps: int) -> None:
-        slidecore.synchronize(training.model)
-        _check_weights(training.model, steps)
+        _check_weights(training.model, f"no longer finite after step {steps}; no model was written")
         with self.progress.stage("Saving"):
             self.out.save_model(training.model, self.tokenizer)
             self.saved = True
@@ -215,8 +218,14 @@ class _Run:
 
     def _save(self, training: Training) -> Path:
         began = time.monotonic()
+        # The loss was finite before this step's update; what that did to the weights shows only here. A checkpoint of
+        # ruined weights would be of no use, and take the place of one that is.
+        _check_weights(
+            training.model,
+            f"no longer finite after step {self.step}; the run stopped and no checkpoint of it was written",
+        )
         path = resuming.save(training, self.out.checkpoints, self.identity, self.tokenizer)
-        self.kept = self.step
+        self.kept, self.checkpoint_path = self.step, path
         self.progress.say(f"saved {path} in {format_seconds(time.monotonic() - began)}")
         return path
 
@@ -231,6 +240,15 @@ class _Run:
         if taken == self.kept:
             return "no model was written, but every update is in a checkpoint"
         return f"the updates of {taken - self.kept} steps after the last checkpoint are lost, and no model was written"
+
+    def _way_back(self) -> str:
+        """What helps after numbers that are not finite: the options of a run that goes on cannot be changed."""
+        if self.checkpoint_path is None:
+            return ""
+        return (
+            f"The newest checkpoint, after step {self.kept}, is good: begin a new run from it with --model "
+            f"{self.checkpoint_path}, another --out and a lower --lr."
+        )
 
     def _what_is_left(self) -> str:
         if self.saved:
@@ -258,15 +276,15 @@ class _Run:
         )
 
 
-def _check_weights(model: Any, steps: int) -> None:
-    """The last update is followed by no loss that would show what it did to the weights."""
+def _check_weights(model: Any, told: str) -> None:
+    """Raises DivergedError, with the weight's name and what is `told` of it, where one is not finite.
+
+    The last update is followed by no loss that would show what it did to the weights.
+    """
 
     def check(name: str, weight: torch.Tensor) -> None:
         if not bool(torch.isfinite(weight).all()):
-            raise TrainingError(
-                f"{name} is no longer finite after step {steps}; no model was written",
-                "Lower --lr, lengthen --warmup, or check the data.",
-            )
+            raise DivergedError(f"{name} is {told}")
 
     slidecore.synchronize(model)
     visit_weights(model, engine_of(model), check)
@@ -284,13 +302,21 @@ def _check_packages() -> None:
 
 
 def _check_apart(options: Options) -> None:
-    """Below the data, what the run writes is left out of them; among the data it cannot be told from them."""
+    """What the run writes may neither become its data nor take the place of its model.
+
+    Below the data, it is left out of them; among the data it cannot be told from them.
+    """
     for name, data in (("--data", options.data), ("--eval-data", options.eval_data)):
         if data is not None and data.resolve() == options.out.resolve():
             raise InputError(
                 f"--out is the directory of {name}, {data}: what the run writes would be read as data when it goes on",
                 f"Give another --out, such as {data / 'out'}.",
             )
+    if options.overwrite and options.model.resolve().is_relative_to((options.out / output.CHECKPOINTS).resolve()):
+        raise InputError(
+            f"--overwrite would remove {options.model}, the --model itself: it is a checkpoint of the run in --out",
+            "Give another --out.",
+        )
 
 
 def _check_places(options: Options) -> None:

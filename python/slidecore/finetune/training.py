@@ -19,6 +19,16 @@ from slidecore.finetune.plots import plot_timeline
 from slidecore.finetune.report import StepMetrics
 
 
+class DivergedError(TrainingError):
+    """What was computed is not finite: the run cannot go on, and going on from its last step would not help.
+
+    The hint is for a run without a checkpoint.
+    """
+
+    def __init__(self, message: str, hint: str = "Lower --lr, lengthen --warmup, or check the data.") -> None:
+        super().__init__(message, hint)
+
+
 class Training:
     """The state of a run between its steps.
 
@@ -71,7 +81,7 @@ class Training:
 
         Where it is due, the loss on what was held out is taken afterwards.
 
-        Raises TrainingError where the loss is not finite, and the weights have not been touched by that step; or where
+        Raises DivergedError where the loss is not finite, and the weights have not been touched by that step; or where
         that on held-out data is not, and there are steps left to save.
         """
         began = time.perf_counter()
@@ -123,7 +133,7 @@ class Training:
         # Looked at before backward, which in overlap mode already updates weights.
         loss = float(result.detach())
         if not math.isfinite(loss):
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss became {loss} at step {number}; the run stopped and no model was written",
                 "Lower --lr, lengthen --warmup, or check the data; at step 1 it is the model's weights that are bad.",
             )
@@ -141,10 +151,8 @@ class Training:
         loss = evaluate(self.model, self.held_out, self.options.batch_size, self._stopping)
         # After the last step there is nothing left to stop: whether the model is worth anything is for others to say.
         if loss is not None and not math.isfinite(loss) and number < self._total:
-            raise TrainingError(
-                f"the loss on held-out data became {loss} after step {number}; the run stopped and no model was "
-                f"written",
-                "Lower --lr, lengthen --warmup, or check the data.",
+            raise DivergedError(
+                f"the loss on held-out data became {loss} after step {number}; the run stopped and no model was written"
             )
         return loss
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slidecore
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -157,6 +158,51 @@ def test_checkpoints_are_models_with_their_tokenizer(options: Options) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     assert all(torch.equal(t, model_of(options.out)[name]) for name, t in model.state_dict().items())
     assert transformers.AutoTokenizer.from_pretrained(path)("ab")["input_ids"] == [97, 98]
+
+
+@pytest.mark.parametrize("way", ["due", "interrupted"])
+def test_ruined_weights_are_in_no_checkpoint_and_the_last_good_one_stays(
+    way: str, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = loop.Training._update
+
+    def ruinous(training: Any, step: int) -> Any:
+        taken = update(training, step)
+        if step == 4:
+            slidecore.synchronize(training.model)
+            next(training.model.parameters()).data.view(-1)[3] = math.nan
+            if way == "interrupted":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return taken
+
+    options = dataclasses.replace(options, keep=1, save_every=2 if way == "due" else 3, eval_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_update", ruinous)
+        with pytest.raises(TrainingError, match=r"no longer finite after step 4; .* no checkpoint of it") as error:
+            loop.run(options)
+    (good,) = (options.out / output.CHECKPOINTS).iterdir()
+    assert good.name == ("step-000002" if way == "due" else "step-000003")
+    assert f"--model {good}, another --out and a lower --lr" in error.value.hint
+    # Which can be done, but not into the directory that would lose it.
+    again = dataclasses.replace(options, model=good, lr=1e-3, overwrite=True)
+    with pytest.raises(InputError, match="--overwrite would remove"):
+        loop.run(again)
+    assert loop.run(dataclasses.replace(again, out=options.out.parent / "again")).steps == 6
+
+
+def test_a_loss_that_is_not_finite_names_the_checkpoint_to_begin_from(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ruin(training: Any) -> None:
+        slidecore.synchronize(training.model)
+        next(training.model.parameters()).data.fill_(math.nan)
+
+    update = loop.Training._update
+    monkeypatch.setattr(loop.Training, "_update", lambda t, step: (step == 3 and ruin(t), update(t, step))[1])
+    # At the next one where the device holds these weights already.
+    with pytest.raises(TrainingError, match=r"the loss became nan at step [34]") as error:
+        loop.run(options)
+    assert f"--model {options.out / output.CHECKPOINTS / 'step-000002'}," in error.value.hint
 
 
 def test_a_second_signal_stops_at_once(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +445,6 @@ def test_without_a_checkpoint_a_run_begins_and_says_so(
 
 
 def test_a_checkpoint_of_another_program_is_refused(options: Options, stopped: Options) -> None:
-    import slidecore
     from slidecore.loading import load_pretrained
 
     model = load_pretrained(options.model, device="cpu")
