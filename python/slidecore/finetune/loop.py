@@ -19,7 +19,7 @@ from slidecore.finetune.data import DataFiles, PackedData, find_files, pack
 from slidecore.finetune.interrupts import Interrupts
 from slidecore.finetune.options import Options
 from slidecore.finetune.plots import plot_loss
-from slidecore.finetune.report import MetricsFile, Progress, Summary, format_seconds
+from slidecore.finetune.report import MetricsFile, Progress, StepMetrics, Summary, format_seconds
 from slidecore.finetune.resuming import Resumption, identity_of
 from slidecore.finetune.training import DivergedError, Training, cosine_schedule, parameter_groups
 from slidecore.loading import Checkpoint
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _SUMMARY_STEPS = 10
+_MOST_SKIPPED = 10  # steps in a row: single ones happen, these do not end by themselves
 
 
 def run(options: Options, progress: Progress | None = None) -> Summary:
@@ -47,7 +48,7 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
     Raises:
         InputError: the model, the data, the output directory or an option cannot be used; nothing has been trained.
         MissingDependencyError: a package of the `finetune` extra is not installed.
-        TrainingError: the loss or a weight is not finite, or the disk is full.
+        TrainingError: the loss, a weight, or the gradients of many steps in a row are not finite, or the disk is full.
         CheckpointError: a checkpoint cannot be written for another reason.
         InterruptedRunError: Ctrl-C; TerminatedRunError: SIGTERM. The step that ran was finished and saved, except
             where nothing had been trained or the signal came twice; the message says which.
@@ -198,6 +199,7 @@ class _Run:
                 training.save_trace(self.out.path)
                 metrics_file.write(metrics)
                 show(metrics)
+                _check_skipped(training.history)
                 due = options.save_every > 0 and self.step % options.save_every == 0
                 stopping = interrupts.requested and self.step < steps
                 if due or stopping:
@@ -273,6 +275,17 @@ class _Run:
             ordinary_training_bytes=state.ordinary_training_bytes,
             out=self.out.path,
             eval_loss=history[-1].eval_loss,
+            skipped=sum(m.skipped for m in history),
+        )
+
+
+def _check_skipped(history: list[StepMetrics]) -> None:
+    """Raises DivergedError where the last steps were all skipped: nothing is learnt any more."""
+    last = history[-_MOST_SKIPPED:]
+    if len(last) == _MOST_SKIPPED and all(metrics.skipped for metrics in last):
+        raise DivergedError(
+            f"the gradients of {_MOST_SKIPPED} steps in a row, the last of them step {last[-1].step}, were not finite, "
+            f"and the steps were skipped (--max-grad-norm); the run stopped and no model was written"
         )
 
 

@@ -34,8 +34,9 @@ class StepMetrics:
         host_memory: bytes of host memory in planes and buffers.
         seconds: duration of the step.
         eval_loss: in nats per token of the held-out data, after this step; None where it was not taken. After the last
-            step it may be infinite or NaN (in the file as Python's json writes these).
-        grad_norm: of all gradients together before clipping; None without --max-grad-norm.
+            step it may be infinite or NaN.
+        grad_norm: of all gradients together before clipping; None without --max-grad-norm. Infinite or NaN where the
+            step was skipped.
     """
 
     step: int
@@ -48,12 +49,26 @@ class StepMetrics:
     eval_loss: float | None = None
     grad_norm: float | None = None
 
+    @property
+    def skipped(self) -> bool:
+        """Whether the step changed nothing, as --max-grad-norm has it where the gradients are not finite."""
+        return self.grad_norm is not None and not math.isfinite(self.grad_norm)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and `skipped`; None for what is not finite, which JSON cannot say."""
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        return {**values, "skipped": self.skipped}
+
 
 @dataclass(frozen=True)
 class Summary:
     """How a run ended. `last_loss` is the mean of the last steps (up to ten); memory is in bytes.
 
-    `eval_loss` is that on held-out data at the end, None if there is none. It may not be finite.
+    `eval_loss` is that on held-out data at the end, None if there is none. It may not be finite. `skipped` is the
+    number of steps that changed nothing, as their gradients were not finite.
     """
 
     steps: int
@@ -67,6 +82,7 @@ class Summary:
     ordinary_training_bytes: int
     out: Path
     eval_loss: float | None = None
+    skipped: int = 0
 
 
 class MetricsFile:
@@ -95,7 +111,7 @@ class MetricsFile:
         """Appends one step."""
         if self._file is None:
             self._file = open(self._path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by __exit__
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.write(json.dumps(metrics.to_json(), allow_nan=False) + "\n")
 
 
 class Progress:
@@ -175,6 +191,11 @@ def summary_lines(summary: Summary) -> list[str]:
             f"WARNING        the loss on held-out data is {summary.eval_loss}: the model was written all the same, but "
             f"look at it and at that data before using it"
         )
+    if summary.skipped:
+        warnings.append(
+            f"WARNING        {summary.skipped} of {summary.steps} steps were skipped, as their gradients were not "
+            f"finite: they changed nothing; a lower --lr or a longer --warmup may help"
+        )
     return [
         f"{summary.steps} steps in {format_seconds(summary.seconds)}",
         f"loss           {summary.first_loss:.3f} -> {summary.last_loss:.3f} nats per token{held_out}",
@@ -205,8 +226,9 @@ def format_seconds(seconds: float) -> str:
 
 def _figures(metrics: StepMetrics) -> str:
     held_out = f"held out {metrics.eval_loss:.3f}  " if metrics.eval_loss is not None else ""
+    skipped = "skipped  " if metrics.skipped else ""
     return (
-        f"loss {metrics.loss:.3f}  {held_out}{metrics.tokens_per_second:,.0f} tokens/s  "
+        f"loss {metrics.loss:.3f}  {skipped}{held_out}{metrics.tokens_per_second:,.0f} tokens/s  "
         f"device {format_bytes(metrics.device_memory)}  host {format_bytes(metrics.host_memory)}"
     )
 

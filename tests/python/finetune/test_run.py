@@ -22,7 +22,7 @@ from slidecore.finetune import loop, output
 from slidecore.finetune.data import find_files, pack
 from slidecore.finetune.options import Options
 from slidecore.finetune.plots import plot_loss, plot_timeline
-from slidecore.finetune.report import Progress
+from slidecore.finetune.report import Progress, summary_lines
 
 
 @pytest.fixture
@@ -123,6 +123,45 @@ def test_clipping_makes_the_steps_of_a_small_norm(options: Options) -> None:
     plain = _lines(options.out)
     assert [entry["loss"] for entry in plain] == [entry["loss"] for entry in free]
     assert {entry["grad_norm"] for entry in plain} == {None}
+
+
+def _spoil_gradients(monkeypatch: pytest.MonkeyPatch, bad_steps: Any) -> None:
+    """Makes the norm of these steps' gradients infinite; their losses stay finite."""
+    update = loop.Training._update
+
+    def spoilt(training: Any, number: int) -> tuple[float, float]:
+        huge = math.inf if number in bad_steps else 1.0
+        handle = training.model.model.norm.register_forward_hook(
+            lambda _module, _inputs, out: out.register_hook(lambda g: g * huge) and None
+        )
+        try:
+            return update(training, number)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(loop.Training, "_update", spoilt)
+
+
+def test_skipped_steps_are_counted_and_said(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    _spoil_gradients(monkeypatch, {2, 3})
+    summary = loop.run(dataclasses.replace(options, max_grad_norm=1.0, steps=4))
+    assert summary.skipped == 2
+    assert "WARNING        2 of 4 steps were skipped" in summary_lines(summary)[-1]
+    entries = [
+        json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+        for line in (options.out / output.METRICS).read_text().splitlines()
+    ]
+    assert [entry["skipped"] for entry in entries] == [False, True, True, False]
+    assert [entry["grad_norm"] is None for entry in entries] == [False, True, True, False]
+
+
+def test_a_run_that_skips_every_step_stops(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    _spoil_gradients(monkeypatch, range(3, 100))
+    with pytest.raises(TrainingError, match="10 steps in a row, the last of them step 12, were not finite") as error:
+        loop.run(dataclasses.replace(options, max_grad_norm=1.0, steps=50, save_every=5, trace_step=0))
+    assert "step-000010, another --out and a lower --lr" in error.value.hint
+    assert [entry["skipped"] for entry in _lines(options.out)] == [False] * 2 + [True] * 10
+    assert not (options.out / "config.json").exists()
 
 
 def test_moments_in_8_bits_take_less_memory_and_learn_alike(options: Options) -> None:
