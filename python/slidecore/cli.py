@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from slidecore.errors import MissingDependencyError, SlidecoreError
+from slidecore.outlet import Outlet
 
 if TYPE_CHECKING:
     import typer
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
     0: done. 1: stopped on the way. 2: something given cannot be used, and nothing was started. 130: interrupted.
-    143: ended by SIGTERM.
+    143: ended by SIGTERM or SIGHUP.
 
     Args:
         argv: arguments without the program's name; None: those of the process.
@@ -91,12 +92,13 @@ def show_error(error: SlidecoreError) -> None:
 
 def _print_error(message: str, hint: str) -> None:
     """One line in red, and the hint below it, on standard error."""
+    outlet = cast("IO[str]", Outlet("stderr"))  # the exit code counts, also where the terminal is gone
     try:
         from rich.console import Console
     except ImportError:
-        print(f"error: {message}", hint, sep="\n", file=sys.stderr)
+        print(f"error: {message}", hint, sep="\n", file=outlet)
         return
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(file=outlet, highlight=False, soft_wrap=True)
     console.print(f"error: {message}", style="red", markup=False)
     if hint:
         console.print(hint, markup=False)

@@ -10,7 +10,7 @@ class SlidecoreError(Exception):
 
     `message` says what is wrong; `hint` what to do about it, in a sentence, or nothing where the message does. The
     command line returns `exit_code`: 2 where what was given cannot be used and nothing was started, 1 where a run
-    stopped on its way, 130 after an interrupt, 143 after SIGTERM.
+    stopped on its way, 130 after an interrupt, 143 after SIGTERM or SIGHUP.
     """
 
     exit_code: ClassVar[int] = 1
@@ -71,6 +71,6 @@ class InterruptedRunError(SlidecoreError):
 
 
 class TerminatedRunError(InterruptedRunError):
-    """A run was asked to end, by SIGTERM."""
+    """A run was asked to end, by SIGTERM or SIGHUP."""
 
     exit_code = 143

@@ -73,7 +73,7 @@ def finetune(
     save_every: Annotated[
         int,
         typer.Option(
-            help="Steps between checkpoints; 0: only at Ctrl-C or SIGTERM.",
+            help="Steps between checkpoints; 0: only at Ctrl-C, SIGTERM or SIGHUP.",
             rich_help_panel=_SAVING,
         ),
     ] = 0,
@@ -143,12 +143,12 @@ def finetune(
 ) -> None:
     """Fine-tune every parameter of a model, through a window of device memory.
 
-    Ctrl-C or SIGTERM finishes the step, saves a checkpoint and exits with 130 or 143; the same command with --resume
-    goes on.
+    Ctrl-C, SIGTERM or SIGHUP finishes the step, saves a checkpoint and exits with 130 or 143; the same command
+    with --resume goes on.
     """
     from slidecore.finetune.loop import run
     from slidecore.finetune.options import Options
-    from slidecore.finetune.report import summary_lines
+    from slidecore.finetune.report import Progress, summary_lines
 
     options = Options(
         model=model,
@@ -184,5 +184,6 @@ def finetune(
         micro_batch=int(micro_batch) if micro_batch.isdecimal() else micro_batch,
         trace_step=trace_step,
     )
-    for line in summary_lines(run(options)):
-        print(line)
+    progress = Progress()
+    for line in summary_lines(run(options, progress)):
+        progress.say(line)

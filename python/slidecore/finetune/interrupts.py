@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what runs is finished and saved, a second one stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: what runs is finished and saved, a second one stops at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 from slidecore.errors import InterruptedRunError, TerminatedRunError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP comes when the terminal or the connection goes, and would otherwise end the process with nothing saved.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
-    """Handles both signals while it is entered; where that is not possible (another thread), Python's own remain.
+    """Handles these signals while it is entered; where that is not possible (another thread), Python's own remain.
 
     Outside of `deferred()` a signal raises KeyboardInterrupt at once; inside, the first one only sets `requested`.
     """
@@ -63,5 +64,5 @@ class Interrupts:
 
     def error(self, message: str, hint: str) -> InterruptedRunError:
         """The error that ends the run, with the exit code of the signal that came."""
-        kind = TerminatedRunError if self._signal == signal.SIGTERM else InterruptedRunError
+        kind = InterruptedRunError if self._signal == signal.SIGINT else TerminatedRunError
         return kind(message, hint)

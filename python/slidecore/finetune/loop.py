@@ -13,7 +13,7 @@ import torch
 import slidecore
 from slidecore.backend import choose_device
 from slidecore.engine import Engine
-from slidecore.errors import InputError, MissingDependencyError, TrainingError, UsageError
+from slidecore.errors import CheckpointError, InputError, MissingDependencyError, TrainingError, UsageError
 from slidecore.finetune import output, resuming
 from slidecore.finetune.data import DataFiles, PackedData, find_files, pack
 from slidecore.finetune.interrupts import Interrupts
@@ -49,9 +49,9 @@ def run(options: Options, progress: Progress | None = None) -> Summary:
         InputError: the model, the data, the output directory or an option cannot be used; nothing has been trained.
         MissingDependencyError: a package of the `finetune` extra is not installed.
         TrainingError: the loss, a weight, or the gradients of many steps in a row are not finite, or the disk is full.
-        CheckpointError: a checkpoint cannot be written for another reason.
-        InterruptedRunError: Ctrl-C; TerminatedRunError: SIGTERM. The step that ran was finished and saved, except
-            where nothing had been trained or the signal came twice; the message says which.
+        CheckpointError: the model, or the checkpoint at an interrupt, cannot be written for another reason.
+        InterruptedRunError: Ctrl-C; TerminatedRunError: SIGTERM or SIGHUP. The step that ran was finished and saved,
+            except where nothing had been trained or the signal came twice; the message says which.
     """
     options.check()
     _check_packages()
@@ -72,6 +72,8 @@ class _Run:
         self.checkpoint_path: Path | None = None  # that one's
         self.trained = False  # to the end
         self.saved = False  # the model
+        self.unsaved: list[int] = []  # steps whose checkpoints could not be written
+        self.warnings: list[str] = []  # to be repeated at the end
         self._engine: Engine | None = None
         self.eval_files: DataFiles | None = None
         # Cheap checks first: each finds its error before the next, longer piece of work.
@@ -188,7 +190,7 @@ class _Run:
 
     def _train(self, training: Training, steps: int) -> None:
         options, interrupts = self.options, self.interrupts
-        metrics_file = MetricsFile(self.out.path / output.METRICS, training.history)
+        metrics_file = MetricsFile(self.out.path / output.METRICS, training.history, self._warn)
         with metrics_file, self.progress.steps(steps, training.done) as show:
             for self.step in range(training.done + 1, steps + 1):
                 metrics = training.step(self.step)
@@ -196,19 +198,20 @@ class _Run:
                     # Not before: a run that is refused in its first step (a budget too small for the batch) would
                     # have destroyed the earlier one for nothing.
                     self.out.remove_earlier_run()
-                training.save_trace(self.out.path)
+                self._save_trace(training)
                 metrics_file.write(metrics)
                 show(metrics)
                 _check_skipped(training.history)
                 due = options.save_every > 0 and self.step % options.save_every == 0
                 stopping = interrupts.requested and self.step < steps
-                if due or stopping:
-                    path = self._save(training)
                 if stopping:
+                    path = self._save(training)
                     raise interrupts.error(
                         f"interrupted after step {self.step} of {steps}; everything is saved in {path}",
                         "Go on with the same command and --resume (without --overwrite).",
                     )
+                if due:
+                    self._save_if_possible(training)
 
     def _save_model(self, training: Training, steps: int) -> None:
         _check_weights(training.model, f"no longer finite after step {steps}; no model was written")
@@ -230,6 +233,29 @@ class _Run:
         self.kept, self.checkpoint_path = self.step, path
         self.progress.say(f"saved {path} in {format_seconds(time.monotonic() - began)}")
         return path
+
+    def _save_if_possible(self, training: Training) -> None:
+        """A checkpoint that cannot be written is told, and no reason to lose what it was to keep."""
+        try:
+            self._save(training)
+        except (CheckpointError, OSError) as error:
+            self.unsaved.append(self.step)
+            left = f"The newest one is {self.checkpoint_path}" if self.checkpoint_path else "There is none yet"
+            self.progress.say(
+                f"WARNING: the checkpoint of step {self.step} could not be saved: {' '.join(str(error).split())}; "
+                f"training goes on. {left}: what stops the run before the next loses {self.step - self.kept} steps"
+            )
+
+    def _save_trace(self, training: Training) -> None:
+        try:
+            training.save_trace(self.out.path)
+        except OSError as error:
+            self._warn(f"the trace of step {self.step} could not be written: {error.strerror}")
+
+    def _warn(self, text: str) -> None:
+        """Says it now and, as it scrolls away, once more at the end."""
+        self.progress.say(f"WARNING: {text}")
+        self.warnings.append(text)
 
     def _lost(self) -> str:
         if self.saved:
@@ -259,6 +285,12 @@ class _Run:
             return f"--resume goes on after step {self.kept}, from {self.out.checkpoints}."
         return f"What was measured so far is in {self.out.path}." if self.step else ""
 
+    def _unsaved(self) -> list[str]:
+        if not self.unsaved:
+            return []
+        steps = ", ".join(map(str, self.unsaved[:5])) + (", ..." if len(self.unsaved) > 5 else "")
+        return [f"{len(self.unsaved)} checkpoints could not be saved (after step {steps})"]
+
     def _summary(self, training: Training, steps: int) -> Summary:
         state = slidecore.stats(training.model)
         history = training.history
@@ -276,6 +308,7 @@ class _Run:
             out=self.out.path,
             eval_loss=history[-1].eval_loss,
             skipped=sum(m.skipped for m in history),
+            warnings=(*self.warnings, *self._unsaved()),
         )
 
 

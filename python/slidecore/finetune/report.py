@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from slidecore.errors import MissingDependencyError
+from slidecore.outlet import Outlet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +70,8 @@ class Summary:
     """How a run ended. `last_loss` is the mean of the last steps (up to ten); memory is in bytes.
 
     `eval_loss` is that on held-out data at the end, None if there is none. It may not be finite. `skipped` is the
-    number of steps that changed nothing, as their gradients were not finite.
+    number of steps that changed nothing, as their gradients were not finite. `warnings` are what else went wrong on the
+    way.
     """
 
     steps: int
@@ -83,6 +86,7 @@ class Summary:
     out: Path
     eval_loss: float | None = None
     skipped: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 class MetricsFile:
@@ -90,13 +94,21 @@ class MetricsFile:
 
     It begins with the steps `before` a resumption: a run that was killed may have written more lines than it saved.
     Until there is a line, an earlier file stays: a run may be refused in its first step.
+
+    A line that cannot be written (the disk is full) is no reason to lose what is being trained: `warn` is told, and the
+    line is tried again with the next one.
     """
 
-    def __init__(self, path: Path, before: Iterable[StepMetrics] = ()) -> None:
+    def __init__(self, path: Path, before: Iterable[StepMetrics] = (), warn: Callable[[str], None] = print) -> None:
         self._path = path
-        self._file: IO[str] | None = None
+        self._warn = warn
+        # Unbuffered, so that it is known here what is in the file and what is not.
+        self._file: io.FileIO | None = None
+        self._pending = b""
+        self._failing = False
         for metrics in before:
-            self.write(metrics)
+            self._pending += _line(metrics)
+        self._write_pending()
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -104,14 +116,33 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._write_pending()
+        if self._pending:
+            missing = len(self._pending.splitlines())
+            self._warn(f"the last {missing} lines are missing in {self._path}")
         if self._file is not None:
             self._file.close()
 
     def write(self, metrics: StepMetrics) -> None:
         """Appends one step."""
-        if self._file is None:
-            self._file = open(self._path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by __exit__
-        self._file.write(json.dumps(metrics.to_json(), allow_nan=False) + "\n")
+        self._pending += _line(metrics)
+        self._write_pending()
+
+    def _write_pending(self) -> None:
+        try:
+            if self._pending and self._file is None:
+                self._file = io.FileIO(self._path, "w")
+            while self._pending and self._file is not None:
+                self._pending = self._pending[self._file.write(self._pending) :]
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._warn(f"cannot write to {self._path}: {error.strerror}; training goes on, and it is tried again")
+            self._failing = True
+
+
+def _line(metrics: StepMetrics) -> bytes:
+    return (json.dumps(metrics.to_json(), allow_nan=False) + "\n").encode()
 
 
 class Progress:
@@ -126,7 +157,8 @@ class Progress:
             from rich.console import Console
         except ImportError as error:
             raise MissingDependencyError("rich is not installed", "Run: pip install 'slidecore[finetune]'") from error
-        self.console = console or Console(highlight=False)
+        where = "metrics.jsonl in the output directory has the figures of every step."
+        self.console = console or Console(highlight=False, file=cast("IO[str]", Outlet("stdout", where)))
 
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
@@ -185,7 +217,7 @@ def summary_lines(summary: Summary) -> list[str]:
     ordinary = summary.ordinary_training_bytes
     share = summary.device_memory_peak / ordinary if ordinary else 0.0
     held_out = f", {summary.eval_loss:.3f} on held-out data" if summary.eval_loss is not None else ""
-    warnings = []
+    warnings = [f"WARNING        {text}" for text in summary.warnings]
     if summary.eval_loss is not None and not math.isfinite(summary.eval_loss):
         warnings.append(
             f"WARNING        the loss on held-out data is {summary.eval_loss}: the model was written all the same, but "

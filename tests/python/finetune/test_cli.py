@@ -58,6 +58,22 @@ def test_a_run_ends_with_its_figures_and_files(arguments: Arguments, capsys: pyt
     assert _run(arguments, "--overwrite") == 0
 
 
+def test_nobody_who_reads_is_no_reason_to_stop(arguments: Arguments) -> None:
+    arguments["steps"] = 5
+    command = [sys.executable, "-m", "slidecore.cli", "finetune"]
+    command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        told = process.stderr.read()
+    assert process.returncode == 0, told
+    assert "standard output cannot be written to (Broken pipe): going on" in told
+    assert "Exception ignored" not in told
+    assert (arguments["out"] / "config.json").is_file()
+
+
 def _set(**values: Any) -> Callable[[Arguments], None]:
     return lambda arguments: arguments.update({name.replace("_", "-"): value for name, value in values.items()})
 

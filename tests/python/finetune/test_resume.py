@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from slidecore.cli import main
-from slidecore.errors import InputError, InterruptedRunError, TerminatedRunError, TrainingError
+from slidecore.errors import CheckpointError, InputError, InterruptedRunError, TerminatedRunError, TrainingError
 from slidecore.finetune import loop, output, resuming
 from slidecore.finetune.data import find_files, pack
 from slidecore.finetune.options import Options
@@ -89,7 +89,11 @@ def names(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("number", "error", "code"),
-    [(signal.SIGINT, InterruptedRunError, 130), (signal.SIGTERM, TerminatedRunError, 143)],
+    [
+        (signal.SIGINT, InterruptedRunError, 130),
+        (signal.SIGTERM, TerminatedRunError, 143),
+        (signal.SIGHUP, TerminatedRunError, 143),
+    ],
 )
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     number: signal.Signals,
@@ -478,6 +482,42 @@ def test_a_full_disk_at_a_checkpoint_says_where_to_go_on(options: Options, monke
     monkeypatch.setattr(files.os, "pwritev", real)
     assert "--resume goes on after step 2" in error.value.hint
     assert names(options.out / output.CHECKPOINTS) == ["step-000002"]
+
+
+def test_a_checkpoint_that_fails_on_the_way_is_told_and_training_goes_on(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = whole_run(options)
+    save = resuming.save
+
+    def failing(training: Any, *arguments: Any) -> Path:
+        if training.done == 4:
+            raise CheckpointError("cannot write somewhere: no space")
+        return save(training, *arguments)
+
+    monkeypatch.setattr(resuming, "save", failing)
+    capsys.readouterr()
+    summary = loop.run(options)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "the checkpoint of step 4 could not be saved: cannot write somewhere: no space; training goes on" in text
+    assert "step-000002: what stops the run before the next loses 2 steps" in text
+    assert names(options.out / output.CHECKPOINTS) == ["step-000002", "step-000006"]
+    assert summary_lines(summary)[-1] == "WARNING        1 checkpoints could not be saved (after step 4)"
+    assert same_models(options.out, whole)
+    # But not where the run ends with it.
+    monkeypatch.setattr(resuming, "save", lambda *_: (_ for _ in ()).throw(CheckpointError("no space")))
+    at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(CheckpointError, match="no space"):
+        loop.run(dataclasses.replace(options, overwrite=True))
+
+
+def test_an_ignored_hangup_stays_ignored(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert loop.run(options).steps == 6
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

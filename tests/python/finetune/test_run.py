@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -162,6 +163,27 @@ def test_a_run_that_skips_every_step_stops(options: Options, monkeypatch: pytest
     assert "step-000010, another --out and a lower --lr" in error.value.hint
     assert [entry["skipped"] for entry in _lines(options.out)] == [False] * 2 + [True] * 10
     assert not (options.out / "config.json").exists()
+
+
+def test_metrics_that_cannot_be_written_do_not_stop_the_run(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.FileIO):
+        calls = 0
+
+        def write(self, data: Any) -> int:
+            Full.calls += 1
+            if Full.calls == 2:
+                return super().write(bytes(data)[:5])  # the last bytes that there is room for
+            if Full.calls in (3, 4):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr("slidecore.finetune.report.io.FileIO", Full)
+    summary = loop.run(dataclasses.replace(options, steps=5))
+    assert [entry["step"] for entry in _lines(options.out)] == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.count("No space left") == 1
+    assert "metrics.jsonl: No space left" in summary_lines(summary)[-1]
 
 
 def test_moments_in_8_bits_take_less_memory_and_learn_alike(options: Options) -> None:
@@ -413,8 +435,6 @@ def test_pictures_of_little_or_nothing_are_still_pictures(tmp_path: Path) -> Non
 
 
 def test_a_terminal_gets_a_bar_with_the_figures(options: Options) -> None:
-    import io
-
     from rich.console import Console
 
     text = io.StringIO()

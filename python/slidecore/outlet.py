@@ -1,0 +1,58 @@
+"""Standard output and standard error for work that must not end because nobody reads any more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any, Literal
+
+
+class Outlet:
+    """`sys.stdout` or `sys.stderr` as a file whose writes never fail.
+
+    A closed pipe (`| head`) or a terminal that is gone says nothing of the work itself: from the first failure on, what
+    is written is dropped. Of standard output that is said once, on standard error.
+    """
+
+    def __init__(self, name: Literal["stdout", "stderr"], instead: str = "") -> None:
+        """`instead` tells where what is not printed any more can be found."""
+        self._name = name
+        self._instead = instead
+        self._gone = False
+
+    def write(self, text: str) -> int:
+        """Writes `text`, or drops it."""
+        if not self._gone:
+            try:
+                self._stream.write(text)
+            except OSError as error:
+                self._drop(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes what has been written."""
+        if not self._gone:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self._drop(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def _stream(self) -> Any:
+        return getattr(sys, self._name)  # asked for each time: tests and embedding programs replace it
+
+    def _drop(self, error: OSError) -> None:
+        self._gone = True
+        # What is still buffered would fail again when the interpreter ends, and change the exit code.
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+        if self._name == "stdout":
+            with contextlib.suppress(OSError):
+                text = f"standard output cannot be written to ({error.strerror}): going on without it. {self._instead}"
+                print(text.strip(), file=sys.stderr, flush=True)
