@@ -13,7 +13,14 @@ import torch
 import slidecore
 from slidecore.backend import choose_device
 from slidecore.engine import Engine
-from slidecore.errors import CheckpointError, InputError, MissingDependencyError, TrainingError, UsageError
+from slidecore.errors import (
+    CheckpointError,
+    InputError,
+    InterruptedRunError,
+    MissingDependencyError,
+    TrainingError,
+    UsageError,
+)
 from slidecore.finetune import output, resuming
 from slidecore.finetune.data import DataFiles, PackedData, find_files, pack
 from slidecore.finetune.interrupts import Interrupts
@@ -190,6 +197,8 @@ class _Run:
 
     def _train(self, training: Training, steps: int) -> None:
         options, interrupts = self.options, self.interrupts
+        if training.owes_evaluation():
+            self._make_up(training, steps)
         metrics_file = MetricsFile(self.out.path / output.METRICS, training.history, self._warn)
         with metrics_file, self.progress.steps(steps, training.done) as show:
             for self.step in range(training.done + 1, steps + 1):
@@ -205,13 +214,26 @@ class _Run:
                 due = options.save_every > 0 and self.step % options.save_every == 0
                 stopping = interrupts.requested and self.step < steps
                 if stopping:
-                    path = self._save(training)
-                    raise interrupts.error(
-                        f"interrupted after step {self.step} of {steps}; everything is saved in {path}",
-                        "Go on with the same command and --resume (without --overwrite).",
-                    )
+                    self._save(training)
+                    raise self._stopped(training, steps)
                 if due:
                     self._save_if_possible(training)
+
+    def _make_up(self, training: Training, steps: int) -> None:
+        """Takes the evaluation that the signal which stopped the run has cut short."""
+        with self.progress.stage(f"Making up the evaluation after step {self.step}"):
+            training.make_up()
+        if training.owes_evaluation():  # and again
+            raise self._stopped(training, steps)
+        self.progress.say(f"step {self.step}/{steps}  held out {training.history[-1].eval_loss:.3f}")
+
+    def _stopped(self, training: Training, steps: int) -> InterruptedRunError:
+        """The end of a run that is saved."""
+        owed = " The evaluation that was due is made up then." if training.owes_evaluation() else ""
+        return self.interrupts.error(
+            f"interrupted after step {self.step} of {steps}; everything is saved in {self.checkpoint_path}",
+            f"Go on with the same command and --resume (without --overwrite).{owed}",
+        )
 
     def _save_model(self, training: Training, steps: int) -> None:
         _check_weights(training.model, f"no longer finite after step {steps}; no model was written")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Training:
         held_out: PackedData | None = None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`stopping` says whether time is short: evaluations are then left out."""
+        """`stopping` says whether time is short: all evaluations but the last are then left out, see `make_up`."""
         self.model = model
         self.data = data
         self.options = options
@@ -143,12 +144,24 @@ class Training:
         self.optimizer.zero_grad()
         return loss, lr
 
-    def _evaluate(self, number: int) -> float | None:
+    def owes_evaluation(self) -> bool:
+        """Whether the evaluation after the last step is due and was left out, for `stopping`."""
+        return self.done > 0 and self._evaluation_due(self.done) and self.history[-1].eval_loss is None
+
+    def make_up(self) -> None:
+        """Takes the evaluation that is owed. Raises as `step` does."""
+        self.history[-1] = replace(self.history[-1], eval_loss=self._evaluate(self.done))
+
+    def _evaluation_due(self, number: int) -> bool:
         every = self.options.eval_every
-        due = number == self._total or (every > 0 and number % every == 0)
-        if self.held_out is None or not due:
+        return self.held_out is not None and (number == self._total or (every > 0 and number % every == 0))
+
+    def _evaluate(self, number: int) -> float | None:
+        if self.held_out is None or not self._evaluation_due(number):
             return None
-        loss = evaluate(self.model, self.held_out, self.options.batch_size, self._stopping)
+        # The last one is finished: no resumption follows that could make it up.
+        stopping = self._stopping if number < self._total else lambda: False
+        loss = evaluate(self.model, self.held_out, self.options.batch_size, stopping)
         # After the last step there is nothing left to stop: whether the model is worth anything is for others to say.
         if loss is not None and not math.isfinite(loss) and number < self._total:
             raise DivergedError(

@@ -591,6 +591,41 @@ def test_evaluation_does_not_change_the_training(options: Options) -> None:
     assert [line["loss"] for line in lines(held.out)] == [line["loss"] for line in lines(options.out)]
 
 
+def in_the_evaluation(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: signal.Signals) -> None:
+    """Sends signals while the evaluation after `step` runs."""
+    evaluate = loop.Training._evaluate
+
+    def signalled(training: Any, number: int) -> float | None:
+        for signal_number in numbers if number == step else ():
+            os.kill(os.getpid(), signal_number)
+        return evaluate(training, number)
+
+    monkeypatch.setattr(loop.Training, "_evaluate", signalled)
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = whole_run(options)
+    with monkeypatch.context() as patch:
+        in_the_evaluation(patch, 4, signal.SIGTERM)
+        with pytest.raises(TerminatedRunError, match="after step 4 of 6; everything is saved") as error:
+            loop.run(options)
+        assert "The evaluation that was due is made up then" in error.value.hint
+        assert lines(options.out)[-1]["eval_loss"] is None
+        # Again while it is made up.
+        with pytest.raises(TerminatedRunError, match=r"after step 4 of 6; everything is saved in .*step-000004"):
+            loop.run(dataclasses.replace(options, resume=True))
+    loop.run(dataclasses.replace(options, resume=True))
+    assert lines(options.out) == lines(whole)
+    assert same_models(options.out, whole)
+
+
+def test_the_last_evaluation_is_finished(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = whole_run(options)
+    in_the_evaluation(monkeypatch, 6, signal.SIGINT)
+    assert loop.run(options).eval_loss is not None
+    assert lines(options.out) == lines(whole)
+
+
 def test_evaluation_on_other_files(options: Options, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("something else entirely\n" * 20)
