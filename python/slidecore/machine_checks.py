@@ -40,6 +40,7 @@ def run(directories: Sequence[str], rates: bool = True) -> list[Check]:
         rates: measure how fast the drives are, which takes seconds each.
     """
     device, checks = open_device()
+    checks += _safely("PyTorch", lambda: pytorch(device), "Install a PyTorch build that works on this machine")
     checks += _safely("pinned memory", lambda: pinned_memory(device), _NOT_LOOKED_AT)
     checks += _safely("memory lock limit", memory_lock_limit, _NOT_LOOKED_AT)
     checks += _safely("memory nodes", lambda: memory_nodes(device), _NOT_LOOKED_AT)
@@ -87,6 +88,27 @@ def open_device() -> tuple[_core.Device | None, list[Check]]:
         else "Without a card slidecore computes on the host backend; for a card install its driver"
     )
     return None, [Check("driver", "problem" if present else "note", "; ".join(reasons), advice)]
+
+
+def pytorch(device: _core.Device | None) -> list[Check]:
+    """Whether PyTorch sees a card: a build for CPUs beside a card that works would train on the CPU."""
+    import torch
+
+    name, count = "PyTorch", torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        return [Check(name, "ok", f"{torch.__version__} sees {count} card{'s' if count > 1 else ''}")]
+    finding = f"{torch.__version__} sees no card"
+    if device is None:
+        return [Check(name, "ok", f"{finding}, as there is none: --device auto computes on the CPU")]
+    built = "" if torch.version.cuda or torch.version.hip else " (a build without support for cards)"
+    return [
+        Check(
+            name,
+            "problem",
+            f"{finding}, though there is one{built}: --device auto would compute on the CPU",
+            "Install the PyTorch build for this card and driver (pytorch.org/get-started); see CUDA_VISIBLE_DEVICES",
+        )
+    ]
 
 
 def pinned_memory(device: _core.Device | None) -> list[Check]:

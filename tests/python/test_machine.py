@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from slidecore import _core, calibration, host_pressure, machine_checks
 from slidecore.calibration import Calibration, Point, choose
 from slidecore.cli import main
@@ -241,3 +242,17 @@ def test_a_drive_without_a_name_keeps_its_number(directory: str) -> None:
 def test_cpu_lists() -> None:
     assert machine_checks._cpu_list("0-3,8") == {0, 1, 2, 3, 8}
     assert machine_checks._cpu_list("") == set()
+
+
+def test_a_card_that_pytorch_does_not_see_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (without,) = machine_checks.pytorch(None)
+    assert without.status == "ok"
+    assert "computes on the CPU" in without.finding
+    (beside,) = machine_checks.pytorch(_core.Device("host", 0))
+    assert beside.status == "problem"
+    assert "sees no card, though there is one" in beside.finding
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    (seen,) = machine_checks.pytorch(_core.Device("host", 0))
+    assert (seen.status, seen.finding) == ("ok", f"{torch.__version__} sees 2 cards")

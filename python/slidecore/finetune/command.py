@@ -124,7 +124,11 @@ def finetune(
         ),
     ] = False,
     compute_dtype: Annotated[
-        str, typer.Option(help='"auto", "bfloat16" or "float32".', rich_help_panel=_ENGINE)
+        str,
+        typer.Option(
+            help='"bfloat16", "float32", or "auto": bfloat16 on a card or a CPU with units for it, else float32.',
+            rich_help_panel=_ENGINE,
+        ),
     ] = "auto",
     moments: Annotated[
         str,

@@ -46,7 +46,7 @@ _ON_CARD = Size(hidden=768, layers=16, device_memory="224MiB", lr=1e-3)
 
 def choose_size(device: str, compute_dtype: str = "auto") -> tuple[Size, torch.dtype]:
     """What suits `device`, and the dtype to compute in."""
-    from slidecore.finetune.loop import choose_compute_dtype
+    from slidecore.finetune.compute import choose_compute_dtype
 
     dtype = choose_compute_dtype(compute_dtype, device)
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())

@@ -22,6 +22,7 @@ from slidecore.errors import (
     UsageError,
 )
 from slidecore.finetune import output, resuming
+from slidecore.finetune.compute import choose_compute_dtype, describe_compute
 from slidecore.finetune.data import DataFiles, PackedData, find_files, pack
 from slidecore.finetune.interrupts import Interrupts
 from slidecore.finetune.options import Options
@@ -130,6 +131,9 @@ class _Run:
     def _prepare(self, scratch: Path) -> tuple[Training, int]:
         """Data, model and what trains it, with `steps` to train to; gone on from a checkpoint if there is one."""
         options, progress = self.options, self.progress
+        resumption = self._find_resumption()
+        compute_dtype = _compute_dtype(options, resumption)
+        progress.say(describe_compute(options.device, compute_dtype))
         with progress.stage(f"Reading and packing {len(self.files)} files"):
             data, held_out = self._pack(scratch)
         steps = _count_steps(options, data)
@@ -139,9 +143,10 @@ class _Run:
             f"{options.batch_size}"
         )
         self.identity = identity_of(options, steps, data)
-        resumption = self._find_resumption()
+        if resumption is not None:
+            resumption.check(self.identity)
         with progress.stage(f"Loading {self.checkpoint.parameters:,} parameters"):
-            model = _load(self.checkpoint, options, resumption)
+            model = _load(self.checkpoint, options, compute_dtype)
             self._engine = engine_of(model)
         if options.disk:
             progress.say(self._engine.tiers.describe())
@@ -191,9 +196,7 @@ class _Run:
             if self.options.resume:
                 self.progress.say(f"no checkpoint in {self.out.path} yet: training begins with the first step")
             return None
-        resumption = Resumption(self.out.newest)
-        resumption.check(self.identity)
-        return resumption
+        return Resumption(self.out.newest)
 
     def _train(self, training: Training, steps: int) -> None:
         options, interrupts = self.options, self.interrupts
@@ -426,31 +429,8 @@ def load_tokenizer(path: Path) -> Any:
         ) from error
 
 
-def choose_compute_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype that "auto" stands for: bfloat16 on a card; on the host backend whichever this CPU multiplies faster.
-
-    CPUs differ by more than ten times either way: some have bfloat16 units, others emulate it.
-    """
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    if device != "cpu" and (device != "auto" or torch.cuda.is_available()):
-        return torch.bfloat16
-    times = {dtype: _multiply_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return min(times, key=lambda dtype: times[dtype])
-
-
-def _multiply_seconds(dtype: torch.dtype) -> float:
-    """The shortest of a few products of the shape that small models have."""
-    left, right = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        torch.mm(left, right)
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def _load(checkpoint: Checkpoint, options: Options, resumption: Resumption | None) -> Any:
+def _compute_dtype(options: Options, resumption: Resumption | None) -> torch.dtype:
+    """What to compute in: what the run to go on with does, whatever "auto" stands for on this machine."""
     name = options.compute_dtype
     if resumption is not None:
         if name not in ("auto", resumption.compute_dtype):
@@ -459,8 +439,12 @@ def _load(checkpoint: Checkpoint, options: Options, resumption: Resumption | Non
                 'Give that one, or "auto".',
             )
         name = resumption.compute_dtype
+    return choose_compute_dtype(name, options.device)
+
+
+def _load(checkpoint: Checkpoint, options: Options, compute_dtype: torch.dtype) -> Any:
     try:
-        return checkpoint.load(compute_dtype=choose_compute_dtype(name, options.device), **options.offload_options())
+        return checkpoint.load(compute_dtype=compute_dtype, **options.offload_options())
     except InputError:
         raise
     except (ValueError, RuntimeError, MemoryError) as error:

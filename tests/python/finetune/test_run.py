@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from slidecore.errors import BudgetError, CheckpointError, InputError, InterruptedRunError, TrainingError
-from slidecore.finetune import loop, output
+from slidecore.finetune import compute, loop, output
 from slidecore.finetune.data import find_files, pack
 from slidecore.finetune.options import Options
 from slidecore.finetune.plots import plot_loss, plot_timeline
@@ -421,10 +421,37 @@ def test_weight_decay_leaves_norms_and_biases_out() -> None:
     assert len(others["params"]) == 3
 
 
-def test_auto_computes_in_a_dtype_that_this_machine_is_fast_in() -> None:
-    assert loop.choose_compute_dtype("float32", "cuda") == torch.float32
-    assert loop.choose_compute_dtype("auto", "cuda:1") == torch.bfloat16
-    assert loop.choose_compute_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16", torch.bfloat16),
+        ("flags\t\t: fpu amx_bf16 amx_tile", torch.bfloat16),
+        ("Features\t: fp asimd bf16 i8mm", torch.bfloat16),
+        ("flags\t\t: fpu avx2 avx512f", torch.float32),
+        ("no such line", torch.float32),
+    ],
+)
+def test_auto_computes_in_what_this_cpu_has_units_for(
+    line: str, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
+    monkeypatch.setattr(compute, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert compute.choose_compute_dtype("auto", "cpu") == expected
+    assert compute.choose_compute_dtype("float32", "cuda") == torch.float32
+    assert compute.choose_compute_dtype("auto", "cuda:1") == torch.bfloat16
+    monkeypatch.setattr(compute, "_CPU_INFO", tmp_path / "none")
+    assert compute.choose_compute_dtype("auto", "cpu") == torch.float32
+
+
+def test_a_run_says_first_where_it_computes(
+    options: Options, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.run(options)
+    assert capsys.readouterr().out.splitlines()[0] == "computing on the CPU in float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert compute.describe_compute("auto", torch.bfloat16).endswith(
+        f"in bfloat16: PyTorch {torch.__version__} sees no card"
+    )
 
 
 def test_pictures_of_little_or_nothing_are_still_pictures(tmp_path: Path) -> None:
