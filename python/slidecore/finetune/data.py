@@ -29,9 +29,10 @@ PIECE_CHARACTERS = 1 << 20
 _SNIFFED_BYTES = 1 << 16
 _IGNORED_LABEL = -100
 _HELD_OUT = (1 << 20) - 1  # stands for an epoch where sequences to hold out are drawn
-# Suffixes of files that are certainly not what they would be read as.
+# Suffixes of files that are certainly not what they would be read as, and what to do about a single one.
 _NOT_TEXT = {
     ".json": "For JSON, give one object per line in a file that ends in .jsonl.",
+    ".ndjson": "If it has one object per line, name it .jsonl.",
     ".csv": "Convert it to .jsonl or .parquet with a `text` column.",
     ".arrow": "Convert it to .parquet with a `text` column.",
 }
@@ -42,12 +43,17 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass
 class DataFiles:
-    """The files of a run by format; `skipped` are those of a directory that are neither text nor another format."""
+    """The files of a run by format.
+
+    Of a directory, `skipped` are those of no format that is read, and `links` the directories that are only linked into
+    it, which are not searched.
+    """
 
     text: list[Path] = field(default_factory=list)
     jsonl: list[Path] = field(default_factory=list)
     parquet: list[Path] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.text) + len(self.jsonl) + len(self.parquet)
@@ -59,10 +65,19 @@ class DataFiles:
             self.jsonl.append(path)
         elif suffix == ".parquet":
             self.parquet.append(path)
-        elif _is_text(path):
+        elif suffix not in _NOT_TEXT and _is_text(path):
             self.text.append(path)
         else:
             self.skipped.append(path)
+
+
+@dataclass(frozen=True)
+class InvalidText:
+    """A file with `count` places that are no UTF-8, the first of them at the byte `offset`."""
+
+    path: Path
+    count: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class PackedData:
         tokens: number of tokens, including the remainder that fills no sequence.
         largest_token: the largest token id.
         left_out: number of sequences that are not here, because none of their tokens carries loss.
+        invalid: the files with bytes that are no UTF-8 and have become U+FFFD.
     """
 
     sequences: Any
@@ -85,6 +101,7 @@ class PackedData:
     tokens: int
     largest_token: int
     left_out: int = 0
+    invalid: tuple[InvalidText, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -142,7 +159,8 @@ def find_files(data: Path, pattern: str | None = None, *, but: Path | None = Non
 
     What lies in the directory `but` is left out too: what a run writes would be read when the run goes on.
 
-    Raises InputError where there is nothing to read, or where a single file is of no known format.
+    Raises InputError where there is nothing to read, where a file or a directory cannot be read, or where a single file
+    is of no known format.
     """
     files = DataFiles()
     if data.is_file():
@@ -161,17 +179,20 @@ def find_files(data: Path, pattern: str | None = None, *, but: Path | None = Non
         except (ValueError, NotImplementedError) as error:
             raise InputError(f"--glob {pattern!r}: {error}", 'Give a relative pattern such as "**/*.md".') from error
         left_out = _inside(but, data)
-        for path in found:
-            inside = path.relative_to(data).parts
-            if left_out and inside[: len(left_out)] == left_out:
-                continue
+
+        def wanted(inside: tuple[str, ...]) -> bool:
             hidden = any(part.startswith(".") or part == "__pycache__" for part in inside)
-            if path.is_file() and (pattern is not None or not hidden):
+            return not (left_out and inside[: len(left_out)] == left_out) and (pattern is not None or not hidden)
+
+        if "**" in (pattern or "**"):
+            files.links = _links(data, wanted)
+        for path in found:
+            if path.is_file() and wanted(path.relative_to(data).parts):
                 with _readable(path):
                     files.add(path)
         if not files:
             what = f"{data} has no file that matches {pattern!r} and" if pattern else f"{data} has no file that"
-            binary = f" ({len(files.skipped)} other files)" if files.skipped else ""
+            binary = f" ({len(files.skipped)} others: {name_some(files.skipped)})" if files.skipped else ""
             raise InputError(
                 f"{what} can be read as text, JSON Lines or Parquet{binary}",
                 "Give a file, or a directory with .txt, .md, source, .jsonl or .parquet files.",
@@ -181,6 +202,28 @@ def find_files(data: Path, pattern: str | None = None, *, but: Path | None = Non
     if all(path.stat().st_size == 0 for path in (*files.text, *files.jsonl, *files.parquet)):
         raise InputError(f"the data at {data} is empty", "Give files with something in them.")
     return files
+
+
+def _links(data: Path, wanted: Callable[[tuple[str, ...]], bool]) -> list[Path]:
+    """The linked directories below `data`.
+
+    Raises InputError for a directory that cannot be read, which glob leaves out without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot read the directory {error.filename}: {error.strerror}", "Check its permissions.")
+
+    links = []
+    for directory, names, _ in os.walk(data, onerror=refuse):
+        here = Path(directory)
+        names[:] = sorted(name for name in names if wanted((here / name).relative_to(data).parts))
+        links += [here / name for name in names if (here / name).is_symlink()]
+    return links
+
+
+def name_some(paths: list[Path]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(_shown(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
 
 
 def _inside(path: Path | None, directory: Path) -> tuple[str, ...]:
@@ -222,6 +265,7 @@ def pack(
     except ImportError as error:
         raise MissingDependencyError("datasets is not installed", "Run: pip install 'slidecore[finetune]'") from error
 
+    invalid = [found for path in (*files.text, *files.jsonl) if (found := find_invalid(path)) is not None]
     encoder = _Encoder(tokenizer, assistant_only)
     columns = {"input_ids": datasets.List(datasets.Value("int32"))}
     if assistant_only:
@@ -280,6 +324,7 @@ def pack(
         encoder.tokens,
         encoder.largest_token,
         left_out=encoder.tokens // sequence_length - len(sequences),
+        invalid=tuple(invalid),
     )
 
 
@@ -350,6 +395,15 @@ class _Encoder:
         return ids
 
     def _chat(self, row: dict[str, Any], where: str) -> tuple[list[int], list[int] | None]:
+        for number, message in enumerate(row["messages"], start=1):
+            # Templates render what is missing as "None", or as nothing, and would have that learnt. A call of a tool
+            # needs no content.
+            calls = isinstance(message, dict) and (message.get("tool_calls") or message.get("function_call"))
+            if not isinstance(message, dict) or (message.get("content") is None and not calls):
+                raise InputError(
+                    f"{where}: message {number} has no `content`",
+                    'Every message needs "role" and "content"; leave out messages that say nothing.',
+                )
         template = self.tokenizer.chat_template
         if not template:
             raise InputError(
@@ -483,6 +537,32 @@ def _cut(tokens: Any, length: int) -> Iterator[dict[str, Any]]:
                     yield piece
             held = {name: [stream[whole:]] for name, stream in streams.items()}
             count -= whole
+
+
+def find_invalid(path: Path) -> InvalidText | None:
+    """Where a file that is read as text has bytes that are no UTF-8; None if nowhere.
+
+    Apart from reading it: next to tokenising, another pass over the bytes takes no time.
+    """
+    count, first = 0, 0
+    with open(path, "rb") as file:
+        position = behind = 0  # bytes read, and those of them that the decoder holds back for the rest of a character
+
+        def note(error: UnicodeError) -> tuple[str, int]:
+            nonlocal count, first
+            assert isinstance(error, UnicodeDecodeError)
+            first = first if count else position - behind + error.start
+            count += 1
+            return "\ufffd", error.end
+
+        codecs.register_error("slidecore-note", note)
+        decoder = codecs.getincrementaldecoder("utf-8")("slidecore-note")
+        while block := file.read(PIECE_CHARACTERS):
+            decoder.decode(block)
+            position += len(block)
+            behind = len(decoder.getstate()[0])
+        decoder.decode(b"", final=True)
+    return InvalidText(path, count, first) if count else None
 
 
 def _is_text(path: Path) -> bool:

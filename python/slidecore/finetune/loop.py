@@ -23,7 +23,7 @@ from slidecore.errors import (
 )
 from slidecore.finetune import output, resuming
 from slidecore.finetune.compute import choose_compute_dtype, describe_compute
-from slidecore.finetune.data import DataFiles, PackedData, find_files, pack
+from slidecore.finetune.data import DataFiles, PackedData, find_files, name_some, pack
 from slidecore.finetune.interrupts import Interrupts
 from slidecore.finetune.options import Options
 from slidecore.finetune.plots import plot_loss
@@ -97,8 +97,17 @@ class _Run:
         except PermissionError as error:  # of a directory, when what lies in it is asked for
             raise InputError(f"cannot read {error.filename}: {error.strerror}", "Check its permissions.") from error
         self.out = output.OutputDirectory(options.out, overwrite=options.overwrite, resume=options.resume)
-        if self.files.skipped:
-            progress.say(f"{len(self.files.skipped)} files are neither text nor .jsonl nor .parquet and are left out")
+        for files in filter(None, (self.files, self.eval_files)):
+            if files.skipped:
+                progress.say(
+                    f"{len(files.skipped)} files are neither text nor .jsonl nor .parquet and are left out: "
+                    f"{name_some(files.skipped)}"
+                )
+            if files.links:
+                progress.say(
+                    f"{len(files.links)} directories are links and are not searched: {name_some(files.links)}; give "
+                    f"them as --data, or copy what they hold"
+                )
 
     def run(self) -> Summary:
         """Everything from reading the data on."""
@@ -185,6 +194,12 @@ class _Run:
         return data, None
 
     def _say_left_out(self, data: PackedData, where: str) -> None:
+        if data.invalid:
+            first = data.invalid[0]
+            self._warn(
+                f"{sum(found.count for found in data.invalid):,} places in {len(data.invalid)} files{where} are not "
+                f"valid UTF-8 and are read as U+FFFD; the first is byte {first.offset:,} of {name_some([first.path])}"
+            )
         if data.left_out:
             self.progress.say(
                 f"{data.left_out:,} of {len(data) + data.left_out:,} sequences{where} have no token that carries loss "

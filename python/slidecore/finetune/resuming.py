@@ -72,7 +72,8 @@ class Resumption:
     def _refused(self, error: CheckpointError) -> InputError:
         return InputError(
             f"cannot go on from {self.path}: {error.message}",
-            f"If it is damaged, remove {self.path}: --resume then takes the checkpoint before it, if there is one.",
+            f"Check first that --model is that of the run. If the checkpoint itself is damaged, move {self.path} away: "
+            f"--resume then takes the one before it, if there is one.",
         )
 
 

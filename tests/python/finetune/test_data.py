@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -176,6 +177,60 @@ def test_directories_are_searched_without_hidden_and_binary_files(tmp_path: Path
         assert [path.name for path in find_files(tmp_path, but=elsewhere).text] == ["b.md", "z.txt"]
 
 
+def test_what_is_no_text_by_its_name_is_no_text_in_a_directory_either(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.JSON", "c.arrow", "d.ndjson", "e.txt"):
+        (tmp_path / name).write_text("words, words")
+    files = find_files(tmp_path)
+    assert [path.name for path in files.text] == ["e.txt"]
+    assert [path.name for path in files.skipped] == ["a.csv", "b.JSON", "c.arrow", "d.ndjson"]
+    assert data_module.name_some(files.skipped).endswith("b.JSON, " + str(tmp_path / "c.arrow") + ", ...")
+
+
+def test_a_directory_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "closed", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("words")
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:  # permissions do not hold for root, whom tests may run as
+        if Path(path).name in ("closed", ".hidden"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(InputError, match=r"cannot read the directory .*closed: Permission denied"):
+        find_files(tmp_path)
+    (tmp_path / "closed").rename(tmp_path / "open")
+    assert [path.parent.name for path in find_files(tmp_path).text] == ["a", "open"]
+
+
+def test_linked_directories_are_not_searched_and_named(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("words")
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    (data / "a.txt").write_text("words")
+    (data / "sub" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (data / "file").symlink_to(tmp_path / "elsewhere" / "b.txt")
+    files = find_files(data)
+    assert [path.name for path in files.text] == ["a.txt", "file"]
+    assert files.links == [data / "sub" / "link"]
+
+
+def test_what_is_no_utf8_is_counted_and_located(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "PIECE_CHARACTERS", 7)
+    monkeypatch.setattr(data_module, "_SNIFFED_BYTES", 4)
+    good = "héé\ufffd€😀" * 9
+    (tmp_path / "a.txt").write_text(good, encoding="utf-8")
+    assert data_module.find_invalid(tmp_path / "a.txt") is None
+    (tmp_path / "b.txt").write_bytes(b"x" + good.encode() + b"\xe9!" + good.encode() + b"\xe2\x82")
+    packed = _pack(tmp_path, tokenizer, tmp_path / "cache")
+    (found,) = packed.invalid
+    assert (found.path.name, found.count, found.offset) == ("b.txt", 2, 1 + len(good.encode()))
+
+
 def _write(path: Path, content: bytes | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -199,6 +254,11 @@ def _write(path: Path, content: bytes | str) -> Path:
         ("a.jsonl", '{"prompt": "x", "answer": "y"}\n', "it has: answer, prompt"),
         ("a.jsonl", '{"text": 3}\n', "line 1 has neither"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no chat template"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}\n', "line 1: message 1 has no `content`"),
+        ("a.jsonl", '\n{"messages": [{"role": "user", "content": ""}, {"role": "user"}]}\n', "line 2: message 2 has"),
+        ("a.jsonl", '{"messages": ["hello"]}\n', "line 1: message 1 has no `content`"),
+        ("a.ndjson", '{"text": "x"}\n', "of a format that is not read"),
+        ("d/a.json", '{"text": "x"}', r"can be read as text, JSON Lines or Parquet \(1 others: .*a\.json\)"),
         ("a.parquet", "not parquet", r"cannot read .*a\.parquet"),
     ],
 )
