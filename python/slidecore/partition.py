@@ -76,7 +76,8 @@ def _find_runs(module: nn.Module, prefix: str, kept: Ids) -> list[tuple[str, nn.
         peers = isinstance(module, nn.ModuleList) and len({type(m) for _, m in children}) < len(children)
         if not peers:
             run = _run_of(children)
-        if run:
+        # Containers are never called themselves: the blocks are in them.
+        if run and not isinstance(run[0][1], (nn.ModuleList, nn.ModuleDict)):
             return [(f"{prefix}{n}", m) for n, m in run]
     blocks: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
@@ -135,7 +136,12 @@ def _groups(model: nn.Module, blocks: list[tuple[str, nn.Module]], kept: Ids) ->
             chunks.append(Chunk(name="+".join(n for n, _ in edge), kind="edge", uses=list(edge)))
             edge.clear()
 
+    walked: set[int] = set()  # a module with several parents is used once for each, and wrapped once
+
     def walk(module: nn.Module, name: str) -> None:
+        if id(module) in walked:
+            return
+        walked.add(id(module))
         if id(module) in block_ids:
             close_edge()
             chunks.append(Chunk(name=name, kind="block", uses=[(name, module)]))
