@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from slidecore import _core
@@ -54,6 +56,10 @@ class Backend:
         self.is_host = self.core.is_host
         self._held = 0
         self._peak = 0
+
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """Makes the card current: kernels of other libraries are launched on the current one, wherever tensors lie."""
+        return contextlib.nullcontext() if self.is_host else torch.cuda.device(self.torch_device)
 
     def stream(self) -> int:
         """The current PyTorch stream's handle; 0 on the host backend."""
