@@ -101,7 +101,8 @@ class Activations:
         self._whole_batch.add(kind)
         self._plans.clear()
         warnings.warn(
-            f"{kind} returns a tensor that has no batch dimension, so its batch is not split into micro-batches",
+            f"{kind} returns a tensor that has no batch dimension, or a number that depends on the samples, so its "
+            f"batch is not split into micro-batches",
             stacklevel=2,
         )
 

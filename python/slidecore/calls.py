@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 # Where a mapping stands among the arguments: a position, or a keyword.
 Place = int | str
+_PLAIN = (bool, int, float, complex, str, bytes)
 
 
 @dataclass
@@ -29,6 +30,13 @@ class Output:
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in at]
         return Output(spec, [None if isinstance(x, torch.Tensor) else x for x in leaves], at), tensors
+
+    def says_the_same(self, other: Output) -> bool:
+        """Whether both have the same structure, the same numbers and the same texts beside their tensors."""
+        if self.spec != other.spec or self.tensor_at != other.tensor_at:
+            return False
+        pairs = zip(self.leaves, other.leaves, strict=True)
+        return all(type(a) is type(b) and (a == b or not isinstance(a, _PLAIN)) for a, b in pairs)
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Any:
         leaves = list(self.leaves)
@@ -76,9 +84,13 @@ class Call:
         arguments, tensors = Output.take(([opened[i] for i in range(len(args))], {k: opened[k] for k in kwargs}))
         return Call(arguments, empty), tensors
 
-    def put(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Any], dict[str, Any], list[Mapping]]:
-        """Arguments over `tensors`, and the mappings among them."""
+    def put(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Any], dict[str, Any], list[Mapping], list[Within]]:
+        """Arguments over `tensors`, the mappings among them, and the lists and mappings further in."""
         args, kwargs = self.arguments.put(tensors)
+        within: list[Within] = []
+        for place, value in [*enumerate(args), *kwargs.items()]:
+            for inner in value.values() if place in self.empty else [value]:
+                _look_into(place, inner, within)
         mappings: list[Mapping] = []
         for place, empty in self.empty.items():
             holder = args if isinstance(place, int) else kwargs
@@ -87,7 +99,35 @@ class Call:
             given.update(before)
             holder[place] = given
             mappings.append(Mapping(place, given, before))
-        return args, kwargs, mappings
+        return args, kwargs, mappings, within
+
+
+@dataclass
+class Within:
+    """A list or mapping among the arguments, as it was given; the module has a copy, of which nothing comes back."""
+
+    place: Place
+    given: Any
+    before: list[Any]
+
+    def has_changed(self) -> bool:
+        now = _items(self.given)
+        return len(now) != len(self.before) or any(a is not b for a, b in zip(now, self.before, strict=True))
+
+
+def _items(container: Any) -> list[Any]:
+    if isinstance(container, MutableMapping):
+        return [part for item in container.items() for part in item]
+    return list(container)
+
+
+def _look_into(place: Place, value: Any, found: list[Within]) -> None:
+    if isinstance(value, (list, deque)) or type(value) in (dict, OrderedDict, defaultdict):
+        found.append(Within(place, value, _items(value)))
+    elif type(value) is not tuple:
+        return
+    for item in value.values() if isinstance(value, MutableMapping) else value:
+        _look_into(place, item, found)
 
 
 def _is_shared(value: Any) -> bool:

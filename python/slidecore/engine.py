@@ -35,6 +35,7 @@ from slidecore.planner import (
     head_costs,
 )
 from slidecore.refusals import check_held, check_trainable
+from slidecore.repeating import NumpyDraws
 from slidecore.saved_inputs import SavedInputs
 from slidecore.tiers import DISK_PIECES, Tiers
 from slidecore.updates import OverlapUpdates, Updates
@@ -220,6 +221,7 @@ class Engine:
         if self.sink is not None:
             for chunk in self.chunks:
                 self.sink.add_chunk(n=chunk.trainable_numel, gradient_float32=compute_dtype == torch.float32)
+        self.slot_addresses = self._slots.keys()
         self.tiers.prepare(self.sink, backend.core)
         disk = self.tiers.store
         self.scheduler = _core.Scheduler(
@@ -256,6 +258,7 @@ class Engine:
         self._last_recomputed: weakref.ref[Record] | None = None
         self._live: weakref.WeakSet[Record | HeadRecord] = weakref.WeakSet()
         self._resident_depth = 0
+        self.numpy_draws = NumpyDraws()
         self.in_root = False  # a forward that began at a module with blocks is under way
         self._inferred: list[ScheduledVisit] = []  # visits of this forward without gradients
         self._own_forwards: dict[nn.Module, Any] = {}  # what modules had in their __dict__ before
@@ -330,7 +333,8 @@ class Engine:
     def _visiting(self, use: Use) -> Callable[..., Any]:
         @functools.wraps(use.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self.visits.call(use, args, kwargs)
+            with self.backend.current():
+                return self.visits.call(use, args, kwargs)
 
         return forward
 
@@ -346,7 +350,7 @@ class Engine:
                 graph = torch.is_grad_enabled() and chunk.trainable_numel > 0
                 if graph:
                     self.begin_forward()
-                with self.holding(chunk, backward=False) as slot:
+                with self.backend.current(), self.holding(chunk, backward=False) as slot:
                     leaves = leaves_of(chunk, slot, graph)
                     for entry, leaf in leaves.items():
                         if leaf.requires_grad:
@@ -478,6 +482,7 @@ class Engine:
         if not self._live:
             self.tiers.relieve()
         self.saved_inputs.begin_forward()
+        self.numpy_draws.begin_forward()
 
     def between_steps(self) -> bool:
         """Whether nothing of a forward or a backward pass is left: what was dropped or has failed counts as ended."""
@@ -490,7 +495,14 @@ class Engine:
         return self.state != "forward"
 
     def end_root_forward(self) -> None:
-        """Called after a forward: the next one without gradients is expected to make the visits that this one made."""
+        """Called after a forward, also after one that failed."""
+        if self.numpy_draws.end_forward() and any(isinstance(r, Record) and not r.keep_graph for r in self._live):
+            warnings.warn(
+                "this forward has drawn random numbers of NumPy's, and no forward before it did: if a block has, its "
+                "recomputation in this step's backward draws others. From the next forward on they are repeated",
+                stacklevel=3,
+            )
+        # The next one without gradients is expected to make the visits that this one made.
         if self._mode == "infer" and self._inferred and self._inferred != self._schedules["infer"]:
             self._schedules["infer"] = self._inferred
             self.scheduler.set_schedule(self._inferred)

@@ -64,17 +64,29 @@ def output_gradients(
     return result
 
 
-def input_gradients(parts: Sequence[Gradients], split: Sequence[bool]) -> list[torch.Tensor | None]:
-    """Joins the micro-batches' input gradients: concatenated where the input was split, else summed in float32."""
+def input_gradients(
+    parts: Sequence[Gradients], split: Sequence[bool], sizes: Sequence[Sequence[torch.Size]]
+) -> list[torch.Tensor | None]:
+    """Joins the micro-batches' input gradients: concatenated where the input was split, else summed in float32.
+
+    A micro-batch without a gradient of what others have one of stands for zeros; without any, there is none.
+
+    Args:
+        parts: for each micro-batch, the gradient of each input.
+        split: for each input, whether it was.
+        sizes: for each micro-batch, the size of each input.
+    """
     result: list[torch.Tensor | None] = []
-    for was_split, pieces in zip(split, zip(*parts, strict=True), strict=True):
+    for i, (was_split, pieces) in enumerate(zip(split, zip(*parts, strict=True), strict=True)):
         present = [p for p in pieces if p is not None]
         if not present:
             result.append(None)
         elif len(pieces) == 1:
             result.append(present[0])
         elif was_split:
-            result.append(torch.cat(present))
+            some = present[0]
+            filled = [some.new_zeros(own[i]) if p is None else p for p, own in zip(pieces, sizes, strict=True)]
+            result.append(torch.cat(filled))
         else:
             dtype = present[0].dtype
             total = present[0].to(torch.promote_types(dtype, torch.float32))

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 
 @dataclass(eq=False)
 class RandomState:
-    """Generator states and autocast settings, so that recomputation repeats the forward exactly."""
+    """States of PyTorch's, Python's and NumPy's generators, and autocast settings: what it takes to repeat a run."""
 
     cpu: torch.Tensor
     device: torch.Tensor | None
+    python: Any
+    numpy: Any
     autocast: tuple[bool, torch.dtype, bool]
 
     @staticmethod
-    def capture(device: torch.device) -> RandomState:
+    def capture(device: torch.device, *, numpy: bool = True) -> RandomState:
+        """The states now; NumPy's only if `numpy`, and otherwise it is not set either. See `NumpyDraws`."""
         kind = device.type
         return RandomState(
             torch.get_rng_state(),
             torch.cuda.get_rng_state(device) if kind == "cuda" else None,
+            random.getstate(),
+            np.random.get_state() if numpy else None,
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()),
         )
 
     @contextlib.contextmanager
     def restored(self, device: torch.device) -> Iterator[None]:
-        before = RandomState.capture(device)
+        before = RandomState.capture(device, numpy=self.numpy is not None)
         enabled, dtype, cache = self.autocast
         self.set(device)
         try:
@@ -44,12 +52,48 @@ class RandomState:
         same = devices[0] is devices[1] or (
             devices[0] is not None and devices[1] is not None and torch.equal(devices[0], devices[1])
         )
-        return same and torch.equal(self.cpu, other.cpu)
+        numpy = self.numpy is None or other.numpy is None or _same_numpy(self.numpy, other.numpy)
+        return same and numpy and torch.equal(self.cpu, other.cpu) and self.python == other.python
 
     def set(self, device: torch.device) -> None:
         torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            np.random.set_state(self.numpy)
         if self.device is not None:
             torch.cuda.set_rng_state(self.device, device)
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    return a[0] == b[0] and np.array_equal(a[1], b[1]) and a[2:] == b[2:]
+
+
+class NumpyDraws:
+    """Whether forwards draw from NumPy's generator, whose state takes as long to copy as small layers to launch.
+
+    So it is captured for each visit only if forwards are known to draw, or if nothing is known: of the first one, and
+    of visits outside of any.
+    """
+
+    def __init__(self) -> None:
+        self._drawn: bool | None = None
+        self._before: Any = None  # at the begin of the forward that is under way
+
+    def expected(self) -> bool:
+        """Whether a visit captures it."""
+        return self._drawn is not False or self._before is None
+
+    def begin_forward(self) -> None:
+        """Before a forward with a graph."""
+        self._before = np.random.get_state()
+
+    def end_forward(self) -> bool:
+        """After it, or after it has failed; whether it has drawn numbers that nobody expected."""
+        before, self._before = self._before, None
+        if before is None or self._drawn:
+            return False
+        known, self._drawn = self._drawn is not None, not _same_numpy(before, np.random.get_state())
+        return known and self._drawn
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def _root(engine: Engine, inner: Callable[..., Any]) -> Callable[..., Any]:
             output = inner(*args, **kwargs)
         finally:
             engine.in_root = False
-        engine.end_root_forward()
+            engine.end_root_forward()
         return output
 
     return forward

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from slidecore.calls import Call, Output
 from slidecore.captures import Capture, Captured, unnoticed
 from slidecore.edits import take_over
 from slidecore.errors import UsageError
-from slidecore.graphs import VisitGraph, outliving
+from slidecore.graphs import VisitGraph, address_of, is_in, outliving
 from slidecore.integrations.transformers_caches import refuse_cache
 from slidecore.kept import KeptParameter, replaced, trained
 from slidecore.micro_batches import input_gradients, join, output_gradients, part, same
@@ -44,6 +44,7 @@ class Use:
     forward: Callable[..., Any]
     # Whether backward needs the weights: an embedding's does not. Known after the first forward with a graph.
     backward_reads_weights: bool = True
+    repeats: bool = False  # its recomputation has been seen to bring back what its forward had saved
 
 
 @dataclass(eq=False)
@@ -158,11 +159,25 @@ def run_captured(
 ) -> tuple[Output, list[torch.Tensor]]:
     """Runs the use's own forward; its outputs are its value and all that is captured beside it."""
     tensors, weights = inputs[: len(inputs) - len(kept)], inputs[len(inputs) - len(kept) :]
-    args, kwargs, mappings = call.put(tensors)
+    args, kwargs, mappings, within = call.put(tensors)
     capture = Capture(modules, mappings)
     with replaced(kept, weights), capture.watching():
         value = use.forward(*args, **kwargs)
-        return Output.take((value, *capture.taken().flat()))
+        output = Output.take((value, *capture.taken().flat()))
+    for container in within:
+        if container.has_changed():
+            raise UsageError(
+                f"{use.name} ({type(use.module).__name__}) changed a {type(container.given).__name__} that it was "
+                f"given (argument {container.place!r}), which would be lost in training. Return what it adds, or set "
+                f"it in a dict that is an argument itself"
+            )
+    return output
+
+
+def _is_no_buffer_of(modules: Sequence[nn.Module]) -> Callable[[torch.Tensor], bool]:
+    """BatchNorm saves its running statistics, which backward then does not use, and changes them unnoticed."""
+    own = {address_of(b) for m in modules for b in m._buffers.values() if b is not None}
+    return lambda tensor: not is_in(own, tensor)
 
 
 def collect(leaves: dict[Entry, torch.Tensor], add: Callable[[Entry, torch.Tensor], None]) -> None:
@@ -299,7 +314,20 @@ class Visits:
         assert record.output is not None
         value, *captured = record.output.put(outputs[: len(outputs) - len(record.written)])
         Captured(*captured).deliver(modules, args, kwargs)
+        self._check_cached(use, modules)
         return value
+
+    def _check_cached(self, use: Use, modules: Iterable[nn.Module]) -> None:
+        """Raises UsageError where a module has kept a view of a weight: it lies in a slot, another chunk's soon."""
+        slots = self._engine.slot_addresses
+        for module in modules:
+            for name, value in module.__dict__.items():
+                if isinstance(value, torch.Tensor) and is_in(slots, value):
+                    raise UsageError(
+                        f"the forward of {use.name} kept a view of a weight as {type(module).__name__}.{name}, which "
+                        f"would show another layer's weights later. Keep a copy (`.clone()`), or make the view anew in "
+                        f"each forward"
+                    )
 
     def _kept_of(self, use: Use, modules: Sequence[nn.Module]) -> list[KeptParameter]:
         kept = trained(modules, self._engine.entries)
@@ -317,11 +345,12 @@ class Visits:
         engine, chunk = self._engine, use.chunk
         with engine.holding(chunk, backward=False) as slot, swapped(chunk, leaves_of(chunk, slot, graph=False)):
             output = use.forward(*args, **kwargs)
+            self._check_cached(use, use.module.modules())
             return pytree.tree_map_only(torch.Tensor, lambda t: outliving(slot, t), output)
 
     def run_forward(self, record: Record, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         engine, use = self._engine, record.use
-        before = RandomState.capture(engine.backend.torch_device)
+        before = RandomState.capture(engine.backend.torch_device, numpy=engine.numpy_draws.expected())
         versions = [t._version for t in tensors]
         with engine.holding(use.chunk, backward=False) as slot:
             parts = self._forward_parts(record, slot, tensors)
@@ -369,7 +398,13 @@ class Visits:
         once = [i for i, batched in enumerate(record.batched) if not batched]
         if any(record.graphs[0].may_depend(i, split) for i in once):
             return []
-        parts += [self._forward_part(record, slot, tensors, i) for i in range(1, record.micro_batches)]
+        first = record.output
+        assert first is not None
+        for i in range(1, record.micro_batches):
+            parts.append(self._forward_part(record, slot, tensors, i))
+            assert record.output is not None
+            if not record.output.says_the_same(first):  # a number that was computed from the samples
+                return []
         return parts if all(same([part[i] for part in parts]) for i in once) else []
 
     def _forward_part(
@@ -377,9 +412,14 @@ class Visits:
     ) -> list[torch.Tensor]:
         engine, use = self._engine, record.use
         inputs = [part(t, s, index, record.micro_batches) for t, s in zip(tensors, record.split, strict=True)]
-        graph = VisitGraph(keep=record.keep_graph, known=[each.parameter for each in record.kept])
+        graph = VisitGraph(
+            keep=record.keep_graph,
+            known=[each.parameter for each in record.kept],
+            compare=None if use.repeats or record.keep_graph else _is_no_buffer_of(record.modules),
+        )
         if not record.keep_graph:
-            record.random.append(RandomState.capture(engine.backend.torch_device))
+            device = engine.backend.torch_device
+            record.random.append(RandomState.capture(device, numpy=engine.numpy_draws.expected()))
             record.modes = [m.training for m in record.modules]
         again = not record.keep_graph or record.micro_batches > 1
         before = Buffers.capture(use.module) if again else Buffers()
@@ -448,8 +488,8 @@ class Visits:
                 finally:
                     if recompute:
                         engine.backend.drop(graph.nbytes)
-                parts.append(self._gradients_of(record, graph, i))
-        return input_gradients(parts, record.split)
+                parts.append(graph.input_gradients(len(record.input_sizes[i])))
+        return input_gradients(parts, record.split, record.input_sizes)
 
     def _refill(
         self, record: Record, graph: VisitGraph, slot: torch.Tensor, tensors: list[torch.Tensor], index: int
@@ -468,17 +508,7 @@ class Visits:
         ):
             record.buffers[index].put_back()
             graph.refill(slot, inputs, module)
+        if not use.repeats:
+            graph.check_repeated(f"{use.name} ({type(use.module).__name__})")
+            use.repeats = True
         engine.backend.hold(graph.nbytes)
-
-    def _gradients_of(self, record: Record, graph: VisitGraph, index: int) -> list[torch.Tensor | None]:
-        sizes = record.input_sizes[index]
-        gradients = graph.input_gradients(len(sizes))
-        if record.micro_batches == 1:
-            return gradients
-        # In a split input, a micro-batch without a gradient stands for zeros.
-        wanted = [s and r for s, r in zip(record.split, record.requires_grad, strict=True)]
-        dtype, device = self._engine.compute_dtype, self._engine.backend.torch_device
-        return [
-            torch.zeros(size, dtype=dtype, device=device) if g is None and fill else g
-            for g, size, fill in zip(gradients, sizes, wanted, strict=True)
-        ]

@@ -427,7 +427,8 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(stopped: Options) -> None
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"cannot go on from .*chunk-00001.*damaged") as error:
         loop.run(stopped)
-    assert "--model" in error.value.hint and f"move {newest} away" in error.value.hint
+    assert "--model" in error.value.hint
+    assert f"move {newest} away" in error.value.hint
     file.unlink()
     with (
         pytest.warns(UserWarning, match="left out"),
