@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -87,7 +88,23 @@ def _version() -> str:
 
 def show_error(error: SlidecoreError) -> None:
     """Prints what went wrong in one red line and what to do about it in another, on standard error."""
-    _print_error(" ".join(error.message.split()), error.hint)
+    _print_error(_as_options(" ".join(error.message.split())), _as_options(error.hint))
+
+
+# Errors of the engine name the arguments of slidecore.offload(): here these are options.
+_ARGUMENTS = (
+    (re.compile(r"\bdisk=\[directory, \.\.\.\]"), "--disk DIRECTORY"),
+    (re.compile(r"\bmoments='8bit'"), "--moments 8bit"),
+    (re.compile(r"\bgpu_direct=True"), "--gpu-direct"),
+    (re.compile(r"(?<!-)\b(device|host|disk)_memory\b=?"), r"--\1-memory "),
+    (re.compile(r"(?<!-)\bmicro_batch\b=?"), "--micro-batch "),
+)
+
+
+def _as_options(text: str) -> str:
+    for argument, option in _ARGUMENTS:
+        text = argument.sub(option, text)
+    return re.sub(r"(--[a-z-]+) {2,}", r"\1 ", text).strip()
 
 
 def _print_error(message: str, hint: str) -> None:

@@ -1,4 +1,4 @@
-"""Sizes as people write them: "20GiB", "512 MiB", "1.5e9", 4096."""
+"""Sizes as people write them: "20GiB", "20G" (the same), "512 MiB", "1.5e9", 4096."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", start=1):
     _UNITS[_letter + "B"] = 1000**_i
     _UNITS[_letter + "IB"] = 1024**_i
+    _UNITS[_letter] = 1024**_i  # as docker and systemd have it
 _PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -15,7 +16,7 @@ def parse_size(value: int | float | str, what: str = "size") -> int:
     """Returns a number of bytes.
 
     Raises:
-        ValueError: `value` is not a non-negative number with an optional unit (KB, KiB, ... TB, TiB).
+        ValueError: `value` is not a non-negative number with an optional unit (KB, KiB or K, ... TB, TiB or T).
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         number, unit = float(value), ""

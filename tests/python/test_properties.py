@@ -274,7 +274,7 @@ def test_masters_hold_any_bits(bits: list[int], transposed: bool) -> None:
 @hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     number=st.one_of(st.integers(0, 10**15), st.floats(0, 1e12).map(lambda x: float(f"{x:.5g}"))),
-    unit=st.sampled_from(["", "B", "KB", "kib", "MB", "MiB", "gb", "GiB", "TB", "TiB"]),
+    unit=st.sampled_from(["", "B", "KB", "kib", "k", "MB", "MiB", "gb", "GiB", "G", "TB", "TiB", "T"]),
     space=st.sampled_from(["", " "]),
 )
 def test_sizes(number: float, unit: str, space: str) -> None:
@@ -284,7 +284,7 @@ def test_sizes(number: float, unit: str, space: str) -> None:
 
     letters = "KMGT"
     power = letters.index(unit[0].upper()) + 1 if unit[:1].upper() in letters and unit else 0
-    base = 1024 if "i" in unit else 1000
+    base = 1024 if "i" in unit or len(unit) == 1 else 1000
     exact = Fraction(number) * base**power
     assert parse_size(f"{number}{space}{unit}") == pytest.approx(float(exact), rel=1e-9, abs=1)
     assert parse_size(number) == pytest.approx(float(number), abs=1)

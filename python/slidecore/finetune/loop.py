@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import slidecore
+from slidecore import _core
 from slidecore.backend import choose_device
 from slidecore.engine import Engine
 from slidecore.errors import (
@@ -44,6 +45,15 @@ __all__ = [
 ]
 
 _SUMMARY_STEPS = 10
+# What says nothing of a bug: a drive, a file or a card that fails, memory that is short.
+_OF_THE_MACHINE = (
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    _core.IoError,
+    _core.OutOfMemoryError,
+    _core.DeviceError,
+)
 _MOST_SKIPPED = 10  # steps in a row: single ones happen, these do not end by themselves
 
 
@@ -127,7 +137,11 @@ class _Run:
             raise TrainingError(error.message, self._way_back() or error.hint) from error
         except Exception as error:
             if not output.disk_is_full(error):
-                raise
+                if not isinstance(error, _OF_THE_MACHINE):
+                    raise
+                where = f"stopped at step {self.step}: " if self.step else ""
+                text = str(error).strip() or type(error).__name__
+                raise TrainingError(where + text, self._what_is_left()) from error
             raise TrainingError(
                 f"the disk that {self.out.path} is on is full; the model was {'' if self.saved else 'not '}written",
                 f"Free some space, or give an --out on another disk. {self._what_is_left()}".strip(),
@@ -151,6 +165,8 @@ class _Run:
             f"{data.sequence_length}{f' ({len(held_out):,} more held out)' if held_out else ''}; {steps:,} steps of "
             f"{options.batch_size}"
         )
+        if options.trace_step > steps:
+            progress.say(f"no step is traced: --trace-step is {options.trace_step}, and there are {steps}")
         self.identity = identity_of(options, steps, data)
         if resumption is not None:
             resumption.check(self.identity)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # How many lines a run prints where there is no terminal to redraw on.
+_BESIDE_FIGURES = 43  # columns of a terminal: steps, bar and time left
 _PLAIN_LINES = 40
 
 
@@ -186,14 +187,15 @@ class Progress:
         columns = [
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
+            BarColumn(bar_width=None if self.console.width > 120 else 8),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
         ]
         with Bar(*columns, console=self.console) as bar:
             task = bar.add_task("steps", total=total, completed=done, figures="")
-            yield lambda metrics: bar.update(task, completed=metrics.step, figures=_figures(metrics))
+            room = self.console.width - _BESIDE_FIGURES
+            yield lambda metrics: bar.update(task, completed=metrics.step, figures=_figures(metrics, room))
 
 
 class _PlainSteps:
@@ -256,13 +258,19 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _figures(metrics: StepMetrics) -> str:
-    held_out = f"held out {metrics.eval_loss:.3f}  " if metrics.eval_loss is not None else ""
-    skipped = "skipped  " if metrics.skipped else ""
-    return (
-        f"loss {metrics.loss:.3f}  {skipped}{held_out}{metrics.tokens_per_second:,.0f} tokens/s  "
-        f"device {format_bytes(metrics.device_memory)}  host {format_bytes(metrics.host_memory)}"
-    )
+def _figures(metrics: StepMetrics, room: int | None = None) -> str:
+    """All of them, or as many as have `room`, in columns, but at least the loss."""
+    figures = [
+        f"loss {metrics.loss:.3f}",
+        *(["skipped"] if metrics.skipped else []),
+        *([f"held out {metrics.eval_loss:.3f}"] if metrics.eval_loss is not None else []),
+        f"{metrics.tokens_per_second:,.0f} tokens/s",
+        f"device {format_bytes(metrics.device_memory)}",
+        f"host {format_bytes(metrics.host_memory)}",
+    ]
+    while room is not None and len(figures) > 1 and len("  ".join(figures)) > room:
+        figures.pop()
+    return "  ".join(figures)
 
 
 def _written(out: Path) -> list[str]:

@@ -274,3 +274,12 @@ def test_the_demo_makes_an_ordinary_model_and_trains_it(tmp_path: Path, capsys: 
     with torch.no_grad():
         assert model(torch.tensor([list(b"import os\n")])).logits.shape == (1, 10, 257)
     assert "ordinary training would hold" in capsys.readouterr().out
+
+
+def test_errors_of_the_engine_name_options(arguments: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    for budget in ("device-memory", "host-memory"):
+        assert _run({**arguments, budget: "1K"}) == 2
+        error = capsys.readouterr().err
+        assert f"--{budget} 1 KiB (1024 bytes) is too small" in error
+        assert f"Use --{budget} of at least" in error
+        assert not re.search(r"\w_\w|=\[|'8bit'", error)

@@ -24,6 +24,7 @@ from slidecore.finetune.data import find_files, pack
 from slidecore.finetune.options import Options
 from slidecore.finetune.plots import plot_loss, plot_timeline
 from slidecore.finetune.report import Progress, summary_lines
+from slidecore.finetune.training import Training
 
 
 @pytest.fixture
@@ -471,6 +472,37 @@ def test_a_terminal_gets_a_bar_with_the_figures(options: Options) -> None:
     )
     assert "3/3" in text.getvalue()
     assert "tokens/s" in text.getvalue()
+
+
+def test_a_narrow_terminal_shows_step_time_left_and_loss(options: Options) -> None:
+    from rich.console import Console
+
+    text = io.StringIO()
+    loop.run(
+        dataclasses.replace(options, trace_step=7),
+        Progress(Console(file=text, force_terminal=True, width=80, color_system=None)),
+    )
+    assert re.search(r"3/3 \S+ left [\d:]+ loss \d+\.\d{3}  [\d,]+ tokens/s", text.getvalue())
+    assert "no step is traced: --trace-step is 7, and there are 3" in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind", [OSError, torch.OutOfMemoryError, slidecore._core.IoError, slidecore._core.DeviceError]
+)
+def test_what_fails_around_it_ends_a_run_in_one_sentence(
+    options: Options, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Training._update
+
+    def fail(self: Training, number: int) -> Any:
+        if number == 3:
+            raise kind("reading swap-0.bin failed")
+        return update(self, number)
+
+    monkeypatch.setattr(Training, "_update", fail)
+    with pytest.raises(TrainingError, match=r"stopped at step 3: reading swap-0\.bin failed") as error:
+        loop.run(dataclasses.replace(options, save_every=2))
+    assert "--resume goes on after step 2" in error.value.hint
 
 
 def test_the_device_holds_less_than_the_planes(options: Options) -> None:
