@@ -70,6 +70,7 @@ class Activations:
         self._plans: dict[Any, ActivationPlan] = {}
         self._plan = ActivationPlan(1, 0, 0)
         self._whole_batch: set[str] = set()
+        self._unclear: set[str] = set()  # classes of which it was told that a shape was
         self._separable: set[str] = set()  # classes of blocks whose samples were seen not to depend on each other
         self._batched: dict[tuple[str, int], list[bool]] = {}  # by class of block and number of outputs
         self._graph_bytes: dict[Any, int] = {}  # of one sample, by what plans go by
@@ -135,12 +136,14 @@ class Activations:
         others = [t for t in tensors if t is not main and t.dim() > 0 and t.shape[0] == batch]
         # A vector or matrix over positions looks like one over samples when both counts are equal.
         if any(t.dim() <= 2 for t in others) and main.dim() > 2 and main.shape[1] == batch:
-            self._whole_batch.add(kind)
-            warnings.warn(
-                f"{kind}: batch and sequence are both {batch} long, so it is unclear which inputs to split; the batch "
-                f"runs whole",
-                stacklevel=2,
-            )
+            # For this shape only: a run that goes on from a checkpoint has not seen the shapes before it.
+            if kind not in self._unclear:
+                self._unclear.add(kind)
+                warnings.warn(
+                    f"{kind}: batch and sequence are both {batch} long, so it is unclear which inputs to split; such "
+                    f"batches run whole",
+                    stacklevel=2,
+                )
             return [False] * len(tensors)
         return [t is main or any(t is o for o in others) for t in tensors]
 

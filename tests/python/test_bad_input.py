@@ -21,6 +21,7 @@ from _models import (
     weights,
     worst,
 )
+from slidecore.offloading import engine_of
 from torch import nn
 
 Offload = Callable[..., nn.Module]
@@ -679,11 +680,13 @@ def test_batch_as_long_as_the_sequence_is_not_split(offload: Offload) -> None:
     for shape in ((5, 5), (4, 6), (6, 3)):
         batches = feature_batches(2, shape=shape)
         if shape == (5, 5):
-            with pytest.warns(UserWarning, match="batch and sequence are both 5 long.*runs whole"):
+            with pytest.warns(UserWarning, match="batch and sequence are both 5 long.*run whole"):
                 mine = [loss_of(model, batch).item() for batch in batches]
         else:
             mine = [loss_of(model, batch).item() for batch in batches]
         assert mine == pytest.approx([loss_of(plain, batch).item() for batch in batches], abs=1e-5)
+    plans = engine_of(model).activations._plans.values()
+    assert {plan.micro_batches for plan in plans} == {1, 2, 3}  # as for a run that never saw the first shape
     optimizer = slidecore.AdamW(model.parameters(), lr=1e-2)
     assert_trains_like(model, optimizer, plain, torch.optim.AdamW(plain.parameters(), lr=1e-2))
 
