@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from typing import Any, Literal
+
+_NOWHERE = io.StringIO()
 
 
 class Outlet:
@@ -23,29 +26,36 @@ class Outlet:
 
     def write(self, text: str) -> int:
         """Writes `text`, or drops it."""
-        if not self._gone:
+        if not self._gone and self._stream is not None:
             try:
                 self._stream.write(text)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 self._drop(error)
         return len(text)
 
     def flush(self) -> None:
         """Flushes what has been written."""
-        if not self._gone:
+        if not self._gone and self._stream is not None:
             try:
                 self._stream.flush()
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 self._drop(error)
 
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return bool(self._stream is not None and not self._stream.closed and self._stream.isatty())
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self._stream if self._stream is not None else _NOWHERE, name)
 
     @property
     def _stream(self) -> Any:
-        return getattr(sys, self._name)  # asked for each time: tests and embedding programs replace it
+        # Asked for each time: tests and embedding programs replace it. None where it was closed as the process began.
+        return getattr(sys, self._name)
 
-    def _drop(self, error: OSError) -> None:
+    def _drop(self, error: OSError | ValueError) -> None:
+        if isinstance(error, ValueError) and not self._stream.closed:
+            raise error  # text that cannot be encoded, say
         self._gone = True
         # What is still buffered would fail again when the interpreter ends, and change the exit code.
         with contextlib.suppress(OSError, ValueError):
@@ -54,5 +64,6 @@ class Outlet:
             os.close(null)
         if self._name == "stdout":
             with contextlib.suppress(OSError):
-                text = f"standard output cannot be written to ({error.strerror}): going on without it. {self._instead}"
+                why = getattr(error, "strerror", None) or error
+                text = f"standard output cannot be written to ({why}): going on without it. {self._instead}"
                 print(text.strip(), file=sys.stderr, flush=True)

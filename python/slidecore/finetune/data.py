@@ -59,8 +59,10 @@ class DataFiles:
         return len(self.text) + len(self.jsonl) + len(self.parquet)
 
     def add(self, path: Path) -> None:
-        """Sorts one file in by its suffix, or by its first bytes."""
+        """Sorts one file in by its suffix, or by its first bytes. Raises OSError where it cannot be read."""
         suffix = path.suffix.lower()
+        if suffix in (".jsonl", ".parquet"):
+            open(path, "rb").close()
         if suffix == ".jsonl":
             self.jsonl.append(path)
         elif suffix == ".parquet":
@@ -185,7 +187,9 @@ def find_files(data: Path, pattern: str | None = None, *, but: Path | None = Non
             return not (left_out and inside[: len(left_out)] == left_out) and (pattern is not None or not hidden)
 
         if "**" in (pattern or "**"):
-            files.links = _links(data, wanted)
+            # A pattern may name a link.
+            searched = {parent for path in found for parent in path.parents}
+            files.links = [link for link in _links(data, wanted) if link not in searched]
         for path in found:
             if path.is_file() and wanted(path.relative_to(data).parts):
                 with _readable(path):

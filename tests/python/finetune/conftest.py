@@ -16,11 +16,13 @@ pytest.importorskip("datasets")
 
 
 @pytest.fixture(autouse=True)
-def _default_sigint() -> Iterator[None]:
-    """Python's own handler: a shell's background job inherits an ignored SIGINT, which a run then leaves ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _default_signals() -> Iterator[None]:
+    """Python's own handlers: what nohup or a shell's background job inherits as ignored, a run leaves ignored."""
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,15 @@ def test_nobody_who_reads_is_no_reason_to_stop(arguments: Arguments) -> None:
     assert (arguments["out"] / "config.json").is_file()
 
 
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_run_without_any_output(arguments: Arguments, closed: str) -> None:
+    """As some daemons start their children."""
+    command = [sys.executable, "-m", "slidecore.cli", "finetune"]
+    command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    assert subprocess.run(["bash", "-c", f'"$@" {closed}', "bash", *command], check=False).returncode == 0
+    assert (arguments["out"] / "config.json").is_file()
+
+
 def _set(**values: Any) -> Callable[[Arguments], None]:
     return lambda arguments: arguments.update({name.replace("_", "-"): value for name, value in values.items()})
 

@@ -204,6 +204,19 @@ def test_a_directory_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch
     assert [path.parent.name for path in find_files(tmp_path).text] == ["a", "open"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_an_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text("words")
+
+    def closed(path: Path, *_: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(data_module, "open", closed, raising=False)
+    for data in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError, match=rf"cannot read .*{name}: Permission denied"):
+            find_files(data)
+
+
 def test_linked_directories_are_not_searched_and_named(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.txt").write_text("words")
@@ -215,6 +228,9 @@ def test_linked_directories_are_not_searched_and_named(tmp_path: Path) -> None:
     files = find_files(data)
     assert [path.name for path in files.text] == ["a.txt", "file"]
     assert files.links == [data / "sub" / "link"]
+    files = find_files(data, "sub/link/**/*.txt")
+    assert [path.name for path in files.text] == ["b.txt"]
+    assert files.links == []
 
 
 def test_what_is_no_utf8_is_counted_and_located(
