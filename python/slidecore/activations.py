@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from slidecore.calls import Call
+from slidecore.calls import Call, Output
 from slidecore.captures import unnoticed
 from slidecore.graphs import VisitGraph
 from slidecore.kept import KeptParameter, detached
@@ -72,6 +72,7 @@ class Activations:
         self._whole_batch: set[str] = set()
         self._unclear: set[str] = set()  # classes of which it was told that a shape was
         self._separable: set[str] = set()  # classes of blocks whose samples were seen not to depend on each other
+        self._numbers_vary: set[tuple[str, int]] = set()
         self._batched: dict[tuple[str, int], list[bool]] = {}  # by class of block and number of outputs
         self._graph_bytes: dict[Any, int] = {}  # of one sample, by what plans go by
         self._largest: dict[Any, BlockCosts] = {}  # by structure of block: what one may take of the device
@@ -241,12 +242,16 @@ class Activations:
         kept: Sequence[KeptParameter],
         outputs: int,
     ) -> list[bool]:
-        """Which of a block's outputs have rows for each sample along dimension 0."""
+        """Which of a block's outputs have rows for each sample along dimension 0. See also `numbers_vary`."""
         kind = type(use.module).__name__
         if (kind, outputs) not in self._batched:
             with self._beside(use, kept, graph=True) as state:
                 self._samples(use, call, tensors, requires_grad, split, state)
         return self._batched[kind, outputs]
+
+    def numbers_vary(self, use: Use, outputs: int) -> bool:
+        """Whether numbers beside those outputs, or their structure, are others for two samples than for one."""
+        return (type(use.module).__name__, outputs) in self._numbers_vary
 
     def _samples(
         self,
@@ -262,9 +267,14 @@ class Activations:
         Returns:
             Outputs of one, detached, and inputs and outputs of two.
         """
-        one = [t.detach() for t in self._run_rows(use, call, tensors, requires_grad, split, state, [0])[1]]
-        own, two = self._run_rows(use, call, tensors, requires_grad, split, state, [0, 1])
+        _, said_of_one, one = self._run_rows(use, call, tensors, requires_grad, split, state, [0])
+        one = [t.detach() for t in one]
+        own, said_of_two, two = self._run_rows(use, call, tensors, requires_grad, split, state, [0, 1])
         kind = type(use.module).__name__
+        if len(one) != len(two) or not said_of_two.says_the_same(said_of_one):
+            self._numbers_vary.add((kind, len(two)))
+            self._batched[kind, len(two)] = [False] * len(two)
+            return one, own, two
         self._batched[kind, len(two)] = [
             a.dim() == b.dim() > 0 and b.shape[0] == 2 * a.shape[0] > 0 for a, b in zip(one, two, strict=True)
         ]
@@ -279,12 +289,12 @@ class Activations:
         split: Sequence[bool],
         state: RandomState,
         rows: list[int],
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Runs the block on these samples, from this random state; returns inputs and outputs."""
+    ) -> tuple[list[torch.Tensor], Output, list[torch.Tensor]]:
+        """Runs the block on these samples, from this random state; returns inputs, output, and the output's tensors."""
         state.set(self._engine.backend.torch_device)
         own = [t.detach()[rows] if s else t.detach() for t, s in zip(tensors, split, strict=True)]
         own = [t.requires_grad_(r) for t, r in zip(own, requires_grad, strict=True)]
-        return own, run_captured(use, list(use.module.modules()), call, [t.clone() for t in own], [])[1]
+        return own, *run_captured(use, list(use.module.modules()), call, [t.clone() for t in own], [])
 
     @contextlib.contextmanager
     def _beside(self, use: Use, kept: Sequence[KeptParameter], *, graph: bool) -> Iterator[RandomState]:
@@ -324,7 +334,7 @@ class Activations:
             for sample in (0, 1):
                 # Before the second run: a cache that the first has filled, or let grow, is no state.
                 buffers = Buffers.capture(use.module)
-                _, outputs = self._run_rows(use, call, tensors, wanted, split, state, [sample, sample])
+                _, _, outputs = self._run_rows(use, call, tensors, wanted, split, state, [sample, sample])
                 twins.append([t.detach() for t in outputs])
             if buffers.changed():
                 return False  # each micro-batch would start from those that the one before has left

@@ -85,13 +85,15 @@ class Capture:
 @contextlib.contextmanager
 def unnoticed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """A run beside the forward proper (a recomputation, a probe) hands out nothing."""
-    before = [_attributes(module) for module in modules]
+    before = [(dict(module.__dict__), _attributes(module)) for module in modules]
     try:
         with records.recording():
             yield
     finally:
-        for module, attributes in zip(modules, before, strict=True):
+        for module, (everything, attributes) in zip(modules, before, strict=True):
             for name in _attributes(module):
-                if name not in attributes:
+                if name in everything:
+                    module.__dict__[name] = everything[name]
+                else:
                     del module.__dict__[name]
             module.__dict__.update(attributes)

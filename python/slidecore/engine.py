@@ -35,7 +35,7 @@ from slidecore.planner import (
     head_costs,
 )
 from slidecore.refusals import check_held, check_trainable
-from slidecore.repeating import NumpyDraws
+from slidecore.repeating import OtherDraws
 from slidecore.saved_inputs import SavedInputs
 from slidecore.tiers import DISK_PIECES, Tiers
 from slidecore.updates import OverlapUpdates, Updates
@@ -258,7 +258,7 @@ class Engine:
         self._last_recomputed: weakref.ref[Record] | None = None
         self._live: weakref.WeakSet[Record | HeadRecord] = weakref.WeakSet()
         self._resident_depth = 0
-        self.numpy_draws = NumpyDraws()
+        self.other_draws = OtherDraws()
         self.in_root = False  # a forward that began at a module with blocks is under way
         self._inferred: list[ScheduledVisit] = []  # visits of this forward without gradients
         self._own_forwards: dict[nn.Module, Any] = {}  # what modules had in their __dict__ before
@@ -482,7 +482,7 @@ class Engine:
         if not self._live:
             self.tiers.relieve()
         self.saved_inputs.begin_forward()
-        self.numpy_draws.begin_forward()
+        self.other_draws.begin_forward(self.uses[0].module.training)
 
     def between_steps(self) -> bool:
         """Whether nothing of a forward or a backward pass is left: what was dropped or has failed counts as ended."""
@@ -495,14 +495,14 @@ class Engine:
         return self.state != "forward"
 
     def end_root_forward(self) -> None:
-        """Called after a forward, also after one that failed."""
-        if self.numpy_draws.end_forward() and any(isinstance(r, Record) and not r.keep_graph for r in self._live):
+        """Called after a forward: the next one without gradients is expected to make the visits that this one made."""
+        if self.other_draws.end_forward() and any(isinstance(r, Record) and not r.keep_graph for r in self._live):
             warnings.warn(
-                "this forward has drawn random numbers of NumPy's, and no forward before it did: if a block has, its "
-                "recomputation in this step's backward draws others. From the next forward on they are repeated",
+                "this forward, or another thread, has drawn random numbers of Python's or NumPy's, and no forward "
+                "before did: if a block has, its recomputation in this step's backward draws others. From the next "
+                "forward on they are repeated",
                 stacklevel=3,
             )
-        # The next one without gradients is expected to make the visits that this one made.
         if self._mode == "infer" and self._inferred and self._inferred != self._schedules["infer"]:
             self._schedules["infer"] = self._inferred
             self.scheduler.set_schedule(self._inferred)

@@ -58,44 +58,32 @@ class _Kept:
 class _Holder:
     """Stands for a tensor that recomputation brings back. Only the graph owns it, so it goes as autograd goes."""
 
-    def __init__(self, tensor: torch.Tensor, mark: torch.Tensor | None) -> None:
+    def __init__(self, tensor: torch.Tensor) -> None:
         self._meta = (tensor.shape, tensor.dtype)
-        self.mark = mark
-        self.mark_again: torch.Tensor | None = None
         self.kept: _Kept | None = None
 
     def fill(self, tensor: torch.Tensor) -> None:
         if (tensor.shape, tensor.dtype) != self._meta:
             raise RuntimeError(_NOT_REPEATABLE)
         self.kept = _Kept(tensor.detach())
-        if self.mark is not None:
-            self.mark_again = _mark_of(tensor)
 
 
 def _mark_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """Sum and Euclidean norm in float32, by which other values can be told; None for kinds that have no such.
 
-    Nothing of the tensor's size is allocated: neither reduction copies floating-point elements to another type.
+    Nothing of the tensor's size is allocated: neither reduction copies elements to another type.
     """
     tensor = tensor.detach()
     if tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in _MARKED:
         return None
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    if not tensor.is_floating_point():  # masks, indices: a part will do
-        if not tensor.is_contiguous():
-            return None
-        tensor = tensor.view(-1)[:_MARKED_INTEGERS].float()
     return torch.stack([tensor.sum(dtype=torch.float32), torch.linalg.vector_norm(tensor, dtype=torch.float32)])
 
 
-_MARKED = {
-    torch.float32, torch.bfloat16, torch.float16, torch.complex64,
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
-}  # fmt: skip
-_MARKED_INTEGERS = 1 << 20
+_MARKED = {torch.float32, torch.bfloat16, torch.float16, torch.complex64}
 # Of the norm. Kernels that add up in any order differ by roundings: where every element of a block's input errs by a
-# unit of bfloat16, sums in small blocks move by up to 0.03 of the norm, and norms by 0.007. Another draw of random
+# unit of bfloat16, sums of small outputs move by up to 0.02 of the norm, and norms by 0.003. Another draw of random
 # numbers moves a sum by about the norm itself.
 _ROUNDING_OF_SUM, _ROUNDING_OF_NORM = 0.04, 0.01
 
@@ -104,7 +92,8 @@ def _are_other_values(marks: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> boo
     """Whether tensors differ by more than roundings, going by their marks before and after."""
     if not marks:
         return False
-    (total, norm), (new_total, new_norm) = (torch.stack(some).cpu().unbind(1) for some in zip(*marks, strict=True))
+    before, after = zip(*marks, strict=True)
+    (total, norm), (new_total, new_norm) = (torch.stack([m.cpu() for m in some]).unbind(1) for some in (before, after))
     sums = (new_total - total).abs() <= _ROUNDING_OF_SUM * norm
     near = sums & ((new_norm - norm).abs() <= _ROUNDING_OF_NORM * norm)
     infinite = ~torch.isfinite(total + norm) & ~torch.isfinite(new_total + new_norm)
@@ -118,10 +107,10 @@ _NOT_REPEATABLE = (
 
 
 _OTHER_VALUES = (
-    "recomputing this block in backward has brought back other values than its forward had, so its gradients would be "
-    "wrong. PyTorch's, Python's and NumPy's own random states are restored for it; random numbers of another "
-    "generator, a counter, or a state that is no buffer are not. Make what it computes depend on its inputs and "
-    "buffers alone, or give keep_graphs= the number of blocks, which avoids recomputation"
+    "recomputing this block in backward gave other outputs than its forward, so its gradients would be wrong. "
+    "PyTorch's, Python's and NumPy's own random states are restored for it; random numbers of another generator, a "
+    "counter, or a state that is no buffer are not. Make what it computes depend on its inputs and buffers alone, or "
+    "give keep_graphs= the number of blocks, which avoids recomputation"
 )
 
 _OUTSIDE = (
@@ -157,19 +146,14 @@ class _Boundary(torch.autograd.Function):
 _BOUNDARY = f"{_Boundary.__name__}Backward"
 
 
-def is_in(slots: Collection[int | None], tensor: torch.Tensor) -> bool:
+def is_in(slots: Collection[int], tensor: torch.Tensor) -> bool:
     """Whether `tensor` is a view of a slot, of which the addresses are given."""
-    return address_of(tensor) in slots
-
-
-def address_of(tensor: torch.Tensor) -> int | None:
-    """That of the memory which the tensor shares with its views; None for kinds that have none of their own."""
     if tensor.is_nested or tensor.layout is not torch.strided:
-        return None
+        return False
     try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return None
+        return tensor.untyped_storage().data_ptr() in slots
+    except (RuntimeError, NotImplementedError):  # of a kind without memory of its own
+        return False
 
 
 def outliving(slot: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -180,17 +164,17 @@ def outliving(slot: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 class VisitGraph:
     """The graph of one micro-batch of a visit."""
 
-    def __init__(
-        self, keep: bool, known: Sequence[torch.Tensor] = (), compare: Callable[[torch.Tensor], bool] | None = None
-    ) -> None:
+    def __init__(self, keep: bool, known: Sequence[torch.Tensor] = (), compare: str = "") -> None:
         """`keep` keeps saved tensors; otherwise `refill` must run before `backward`.
 
         Args:
             known: tensors whose memory is counted elsewhere.
-            compare: for `check_repeated`, of which saved tensors the second run has to bring back the values.
+            compare: a name for errors; `refill` then runs `module` to its end, and compares its outputs with those of
+                the first run.
         """
         self._keep = keep
         self._compare = compare
+        self._marks: list[torch.Tensor | None] = []  # of the outputs, if they are to be compared
         self._holders: list[weakref.ref[_Holder]] = []
         self._slot: torch.Tensor | None = None  # where the weights are
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in known}
@@ -226,8 +210,7 @@ class VisitGraph:
             if graph._keep:
                 graph._count(tensor)
                 return _Kept(tensor)
-            compared = graph._compare is not None and graph._compare(tensor)
-            holder = _Holder(tensor, _mark_of(tensor) if compared else None)
+            holder = _Holder(tensor)
             graph._holders.append(weakref.ref(holder))
             return holder
 
@@ -277,6 +260,8 @@ class VisitGraph:
             torch.autograd.graph.get_gradient_edge(t) if t.requires_grad else None
             for t in [*outputs, *(own[i] for i in self.written)]
         ]
+        if self._compare:
+            self._marks = [_mark_of(t) for t in outputs]
         self._rows = [t.dim() > 1 and t.shape[0] == 1 for t in outputs]
         self._slot = None
         return [outliving(slot, t.detach()) for t in outputs]
@@ -290,7 +275,8 @@ class VisitGraph:
         """Runs `module` again, up to the last tensor that its graph needs; random state is the caller's to restore.
 
         Raises:
-            RuntimeError: the second run saved other tensors than the first.
+            RuntimeError: the second run saved other tensors than the first, or gave other outputs, where they are
+                compared: by sums and norms, which finds other random numbers and counters, not every last bit.
         """
         if self._keep or not self._holders:
             return
@@ -301,12 +287,14 @@ class VisitGraph:
             nonlocal filled
             if self._is_weight(tensor):
                 return
+            if filled == len(self._holders):
+                raise RuntimeError(_NOT_REPEATABLE)
             holder = self._holders[filled]()
             filled += 1
             if holder is not None:
                 holder.fill(tensor)
                 self._count(tensor)
-            if filled == len(self._holders):
+            if filled == len(self._holders) and not self._compare:
                 raise _Stop
 
         def unpack(_: None) -> torch.Tensor:
@@ -316,23 +304,14 @@ class VisitGraph:
         own = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-                module(own)
+                outputs = module(own)
         except _Stop:
             return
-        raise RuntimeError(_NOT_REPEATABLE)
-
-    def check_repeated(self, name: str) -> None:
-        """Raises RuntimeError where `refill` has brought back other values than the first run had; waits for them.
-
-        A cheap check, of sums and norms: it finds other random numbers and counters, not every last bit.
-        """
-        marks = [
-            (holder.mark, holder.mark_again)
-            for reference in self._holders
-            if (holder := reference()) is not None and holder.mark is not None and holder.mark_again is not None
-        ]
-        if _are_other_values(marks):
-            raise RuntimeError(f"{name}: {_OTHER_VALUES}")
+        if filled < len(self._holders):
+            raise RuntimeError(_NOT_REPEATABLE)
+        pairs = zip(self._marks, map(_mark_of, outputs), strict=len(outputs) == len(self._marks))
+        if _are_other_values([(a, b) for a, b in pairs if a is not None and b is not None]):
+            raise RuntimeError(f"{self._compare}: {_OTHER_VALUES}")
 
     def backward(self, slot: torch.Tensor | None, gradients: Sequence[torch.Tensor | None]) -> None:
         """Differentiates: leaves of the weights get theirs through their hooks, inputs through `input_gradients`."""

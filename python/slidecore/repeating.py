@@ -19,25 +19,23 @@ class RandomState:
 
     cpu: torch.Tensor
     device: torch.Tensor | None
-    python: Any
-    numpy: Any
+    others: tuple[Any, Any] | None  # Python's and NumPy's
     autocast: tuple[bool, torch.dtype, bool]
 
     @staticmethod
-    def capture(device: torch.device, *, numpy: bool = True) -> RandomState:
-        """The states now; NumPy's only if `numpy`, and otherwise it is not set either. See `NumpyDraws`."""
+    def capture(device: torch.device, *, others: bool = True) -> RandomState:
+        """The states now; Python's and NumPy's only if `others`, and otherwise they are not set either."""
         kind = device.type
         return RandomState(
             torch.get_rng_state(),
             torch.cuda.get_rng_state(device) if kind == "cuda" else None,
-            random.getstate(),
-            np.random.get_state() if numpy else None,
+            _other_states() if others else None,
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()),
         )
 
     @contextlib.contextmanager
     def restored(self, device: torch.device) -> Iterator[None]:
-        before = RandomState.capture(device, numpy=self.numpy is not None)
+        before = RandomState.capture(device, others=self.others is not None)
         enabled, dtype, cache = self.autocast
         self.set(device)
         try:
@@ -52,48 +50,61 @@ class RandomState:
         same = devices[0] is devices[1] or (
             devices[0] is not None and devices[1] is not None and torch.equal(devices[0], devices[1])
         )
-        numpy = self.numpy is None or other.numpy is None or _same_numpy(self.numpy, other.numpy)
-        return same and numpy and torch.equal(self.cpu, other.cpu) and self.python == other.python
+        others = self.others is None or other.others is None or _are_same(self.others, other.others)
+        return same and others and torch.equal(self.cpu, other.cpu)
 
     def set(self, device: torch.device) -> None:
         torch.set_rng_state(self.cpu)
-        random.setstate(self.python)
-        if self.numpy is not None:
-            np.random.set_state(self.numpy)
+        if self.others is not None:
+            random.setstate(self.others[0])
+            np.random.set_state(self.others[1])
         if self.device is not None:
             torch.cuda.set_rng_state(self.device, device)
 
 
-def _same_numpy(a: Any, b: Any) -> bool:
-    return a[0] == b[0] and np.array_equal(a[1], b[1]) and a[2:] == b[2:]
+def _other_states() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state()
 
 
-class NumpyDraws:
-    """Whether forwards draw from NumPy's generator, whose state takes as long to copy as small layers to launch.
+def _are_same(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
+    (python, (kind, keys, *rest)), (other_python, (other_kind, other_keys, *other_rest)) = a, b
+    same_numpy = kind == other_kind and np.array_equal(keys, other_keys) and rest == other_rest
+    return python == other_python and same_numpy
 
-    So it is captured for each visit only if forwards are known to draw, or if nothing is known: of the first one, and
-    of visits outside of any.
+
+class OtherDraws:
+    """Whether forwards draw from Python's or NumPy's generator.
+
+    Copying their states takes as long as launching a small layer, and setting them would disturb other threads that
+    draw. So visits capture them only if forwards are known to draw, or if nothing is known: in the first forward of
+    each mode (training or not), and outside of any forward.
     """
 
     def __init__(self) -> None:
-        self._drawn: bool | None = None
-        self._before: Any = None  # at the begin of the forward that is under way
+        self._draws: dict[bool, bool] = {}  # by mode
+        self._mode = False
+        self._before: tuple[Any, Any] | None = None  # at the begin of the forward that is under way
 
     def expected(self) -> bool:
-        """Whether a visit captures it."""
-        return self._drawn is not False or self._before is None
+        """Whether a visit captures them."""
+        return self._before is None or self._draws.get(self._mode, True)
 
-    def begin_forward(self) -> None:
+    def begin_forward(self, training: bool) -> None:
         """Before a forward with a graph."""
-        self._before = np.random.get_state()
+        self._mode, self._before = training, _other_states()
+
+    def forget_forward(self) -> None:
+        """It has failed."""
+        self._before = None
 
     def end_forward(self) -> bool:
-        """After it, or after it has failed; whether it has drawn numbers that nobody expected."""
+        """After it; whether it has drawn numbers that nobody expected."""
         before, self._before = self._before, None
-        if before is None or self._drawn:
+        known = self._draws.get(self._mode)
+        if before is None or known:
             return False
-        known, self._drawn = self._drawn is not None, not _same_numpy(before, np.random.get_state())
-        return known and self._drawn
+        self._draws[self._mode] = drawn = not _are_same(before, _other_states())
+        return known is not None and drawn
 
 
 @contextlib.contextmanager

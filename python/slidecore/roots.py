@@ -45,9 +45,12 @@ def _root(engine: Engine, inner: Callable[..., Any]) -> Callable[..., Any]:
             if device.type != "cpu":
                 args, kwargs = pytree.tree_map(to_device, args), pytree.tree_map(to_device, kwargs)
             output = inner(*args, **kwargs)
+        except BaseException:
+            engine.other_draws.forget_forward()
+            raise
         finally:
             engine.in_root = False
-            engine.end_root_forward()
+        engine.end_root_forward()
         return output
 
     return forward

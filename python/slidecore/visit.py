@@ -20,7 +20,7 @@ from slidecore.calls import Call, Output
 from slidecore.captures import Capture, Captured, unnoticed
 from slidecore.edits import take_over
 from slidecore.errors import UsageError
-from slidecore.graphs import VisitGraph, address_of, is_in, outliving
+from slidecore.graphs import VisitGraph, is_in, outliving
 from slidecore.integrations.transformers_caches import refuse_cache
 from slidecore.kept import KeptParameter, replaced, trained
 from slidecore.micro_batches import input_gradients, join, output_gradients, part, same
@@ -44,7 +44,7 @@ class Use:
     forward: Callable[..., Any]
     # Whether backward needs the weights: an embedding's does not. Known after the first forward with a graph.
     backward_reads_weights: bool = True
-    repeats: bool = False  # its recomputation has been seen to bring back what its forward had saved
+    repeats: bool = False  # its recomputation has been seen to give the outputs of its forward
 
 
 @dataclass(eq=False)
@@ -174,12 +174,6 @@ def run_captured(
     return output
 
 
-def _is_no_buffer_of(modules: Sequence[nn.Module]) -> Callable[[torch.Tensor], bool]:
-    """BatchNorm saves its running statistics, which backward then does not use, and changes them unnoticed."""
-    own = {address_of(b) for m in modules for b in m._buffers.values() if b is not None}
-    return lambda tensor: not is_in(own, tensor)
-
-
 def collect(leaves: dict[Entry, torch.Tensor], add: Callable[[Entry, torch.Tensor], None]) -> None:
     """Hands each leaf's gradient to `add` as soon as it is complete, and frees it."""
     for entry, leaf in leaves.items():
@@ -293,6 +287,7 @@ class Visits:
             return self._inference(use, args, kwargs)
         refuse_cache(use.name, [*args, *kwargs.values()])
         engine.begin_forward()
+        views = self._cached_views(modules)
         count, split = engine.activations.plan_micro_batches(use, call, tensors, kept)
         record = Record(
             engine,
@@ -314,20 +309,28 @@ class Visits:
         assert record.output is not None
         value, *captured = record.output.put(outputs[: len(outputs) - len(record.written)])
         Captured(*captured).deliver(modules, args, kwargs)
-        self._check_cached(use, modules)
+        self._check_cached(use, views)
         return value
 
-    def _check_cached(self, use: Use, modules: Iterable[nn.Module]) -> None:
-        """Raises UsageError where a module has kept a view of a weight: it lies in a slot, another chunk's soon."""
+    def _cached_views(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        """Attributes that are views of a slot, from earlier visits: another chunk's weights are there by now."""
         slots = self._engine.slot_addresses
-        for module in modules:
-            for name, value in module.__dict__.items():
-                if isinstance(value, torch.Tensor) and is_in(slots, value):
-                    raise UsageError(
-                        f"the forward of {use.name} kept a view of a weight as {type(module).__name__}.{name}, which "
-                        f"would show another layer's weights later. Keep a copy (`.clone()`), or make the view anew in "
-                        f"each forward"
-                    )
+        return [
+            (module, name, value)
+            for module in modules
+            for name, value in module.__dict__.items()
+            if isinstance(value, torch.Tensor) and is_in(slots, value)
+        ]
+
+    def _check_cached(self, use: Use, views: Sequence[tuple[nn.Module, str, torch.Tensor]]) -> None:
+        """Raises UsageError where the module has not made these anew, but used what it had kept."""
+        for module, name, value in views:
+            if module.__dict__.get(name) is value:
+                raise UsageError(
+                    f"the forward of {use.name} kept a view of a weight as {type(module).__name__}.{name}, where "
+                    f"another layer's weights are by now. Keep a copy (`.clone()`), or make the view anew in each "
+                    f"forward"
+                )
 
     def _kept_of(self, use: Use, modules: Sequence[nn.Module]) -> list[KeptParameter]:
         kept = trained(modules, self._engine.entries)
@@ -344,13 +347,14 @@ class Visits:
     def _inference(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         engine, chunk = self._engine, use.chunk
         with engine.holding(chunk, backward=False) as slot, swapped(chunk, leaves_of(chunk, slot, graph=False)):
+            views = self._cached_views(use.module.modules())
             output = use.forward(*args, **kwargs)
-            self._check_cached(use, use.module.modules())
+            self._check_cached(use, views)
             return pytree.tree_map_only(torch.Tensor, lambda t: outliving(slot, t), output)
 
     def run_forward(self, record: Record, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         engine, use = self._engine, record.use
-        before = RandomState.capture(engine.backend.torch_device, numpy=engine.numpy_draws.expected())
+        before = RandomState.capture(engine.backend.torch_device, others=engine.other_draws.expected())
         versions = [t._version for t in tensors]
         with engine.holding(use.chunk, backward=False) as slot:
             parts = self._forward_parts(record, slot, tensors)
@@ -395,6 +399,8 @@ class Visits:
         record.batched = self._engine.activations.batched_outputs(
             record.use, record.call, tensors[:n], record.requires_grad[:n], record.split[:n], record.kept, len(parts[0])
         )
+        if self._engine.activations.numbers_vary(record.use, len(parts[0])):
+            return []
         once = [i for i, batched in enumerate(record.batched) if not batched]
         if any(record.graphs[0].may_depend(i, split) for i in once):
             return []
@@ -415,11 +421,11 @@ class Visits:
         graph = VisitGraph(
             keep=record.keep_graph,
             known=[each.parameter for each in record.kept],
-            compare=None if use.repeats or record.keep_graph else _is_no_buffer_of(record.modules),
+            compare="" if use.repeats or record.keep_graph else f"{use.name} ({type(use.module).__name__})",
         )
         if not record.keep_graph:
             device = engine.backend.torch_device
-            record.random.append(RandomState.capture(device, numpy=engine.numpy_draws.expected()))
+            record.random.append(RandomState.capture(device, others=engine.other_draws.expected()))
             record.modes = [m.training for m in record.modules]
         again = not record.keep_graph or record.micro_batches > 1
         before = Buffers.capture(use.module) if again else Buffers()
@@ -507,8 +513,8 @@ class Visits:
             unchanged_buffers(use.module),
         ):
             record.buffers[index].put_back()
+            views = [] if use.repeats else self._cached_views(record.modules)
             graph.refill(slot, inputs, module)
-        if not use.repeats:
-            graph.check_repeated(f"{use.name} ({type(use.module).__name__})")
-            use.repeats = True
+            self._check_cached(use, views)
+        use.repeats = True
         engine.backend.hold(graph.nbytes)

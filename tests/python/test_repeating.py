@@ -26,6 +26,7 @@ from torch import nn
 
 Offload = Callable[..., nn.Module]
 Draw = Callable[[], float]
+GENERATOR = torch.Generator()
 
 
 def seed_all() -> None:
@@ -89,13 +90,31 @@ def test_numbers_that_come_late_are_told(offload: Offload, recwarn: pytest.Warni
     assert not recwarn
     drawn[0] = None
     train_offloaded(model, batches[2:3])
-    assert "random numbers of NumPy's" in str(recwarn.pop(UserWarning).message)
+    assert "random numbers of Python's or NumPy's" in str(recwarn.pop(UserWarning).message)
     now = slidecore.close(model) or copy.deepcopy(model)
     model = offload(model, keep_graphs=0)
     seed_all()
     theirs = train_plain(now, batches[3:])
     seed_all()
     assert train_offloaded(model, batches[3:]) == pytest.approx(theirs, abs=1e-5)
+    assert not recwarn
+
+
+def test_draws_outside_of_training_blocks_are_no_news(offload: Offload, recwarn: pytest.WarningsRecorder) -> None:
+    """Augmentation that only training does, as of spectrograms; and an error of the model's own."""
+
+    class Augmented(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * np.random.rand() if self.training else x)
+
+    model = offload(Augmented(), keep_graphs=0)
+    batch = feature_batches(1)[0]
+    for mode in (False, True, True, False):
+        model.train(mode)
+        loss_of(model, batch)
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.randn(3, 4, 5))
+    train_offloaded(model, [batch])
     assert not recwarn
 
 
@@ -141,9 +160,63 @@ def test_what_does_not_repeat_is_an_error(
     model = offload(Stack(block=block), keep_graphs=0, micro_batch=micro_batch, compute_dtype=dtype)
     optimizer = slidecore.AdamW(model.parameters())
     loss = loss_of(model, {name: value.to(dtype) for name, value in feature_batches(1)[0].items()})
-    with pytest.raises(RuntimeError, match=r"blocks\.\d .*other values.*generator.*counter"):
+    with pytest.raises(RuntimeError, match=r"blocks\.\d .*other outputs.*generator.*counter"):
         loss.backward()
     assert optimizer is not None
+
+
+class Recurrent(nn.Module):
+    """oneDNN saves a workspace of which parts are never written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(13, 13, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)[0]
+
+
+class SavesAnything(torch.autograd.Function):
+    """Saves what was never written, as kernels do for seeds that they do not use; and a number on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(torch.randint(0, 1 << 40, (), generator=GENERATOR), torch.rand(3, generator=GENERATOR))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class Saving(Residual):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(SavesAnything.apply(x))
+
+
+class LazyTable(Residual):
+    """Makes what it needs in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__(13, 29)
+        self.table: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0.5, 1.0, 13)
+        return super().forward(x * self.table)
+
+
+@pytest.mark.parametrize("options", [{"keep_graphs": 0}, {"keep_graphs": 0, "micro_batch": 2}, {}], ids=str)
+@pytest.mark.parametrize("block", [Recurrent, lambda: Saving(13, 29), LazyTable], ids=["lstm", "anything", "lazy"])
+def test_what_repeats_well_enough_is_no_error(
+    offload: Offload, block: Callable[[], nn.Module], options: dict[str, Any]
+) -> None:
+    plain = Stack(block=block)
+    model = offload(copy.deepcopy(plain), **options)
+    batches = feature_batches(3)
+    assert train_offloaded(model, batches) == pytest.approx(train_plain(plain, batches), abs=1e-5)
+    assert worst(distance(weights(model), weights(plain)))[0] < 1e-5
 
 
 def test_kept_graphs_need_not_repeat(offload: Offload) -> None:
@@ -153,9 +226,6 @@ def test_kept_graphs_need_not_repeat(offload: Offload) -> None:
         ours.generator.set_state(theirs.generator.get_state())
     batches = feature_batches(3)
     assert train_offloaded(model, batches) == pytest.approx(train_plain(plain, batches), abs=1e-5)
-
-
-GENERATOR = torch.Generator()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -238,19 +308,23 @@ def test_lists_that_are_only_read(offload: Offload) -> None:
 
 
 class Measuring(Residual):
-    """Returns a number computed from its samples, by which the next block scales."""
+    """Returns a number about its samples, by which the next block scales: their mean, or how many they are."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__(13, 29)
+        self.counts = counts
 
     def forward(self, x: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
         h = super().forward(x * scale)
-        return h, 1.0 / (1.0 + h.detach().abs().mean().item())
+        return h, 1.0 / (1.0 + (x.shape[0] if self.counts else h.detach().abs().mean().item()))
 
 
 class MeasuringModel(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, counts: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.enter = nn.Linear(7, 13)
-        self.blocks = nn.ModuleList(Measuring(13, 29) for _ in range(4))
+        self.blocks = nn.ModuleList(Measuring(counts) for _ in range(4))
         self.leave = nn.Linear(13, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -260,13 +334,14 @@ class MeasuringModel(nn.Module):
         return self.leave(h)
 
 
+@pytest.mark.parametrize("counts", [False, True])
 @pytest.mark.parametrize("keep_graphs", [0, 4])
 def test_numbers_of_micro_batches_are_those_of_the_batch(
-    offload: Offload, keep_graphs: int, recwarn: pytest.WarningsRecorder
+    offload: Offload, keep_graphs: int, counts: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
-    plain = MeasuringModel()
+    plain = MeasuringModel(counts)
     model = offload(copy.deepcopy(plain), micro_batch=2, keep_graphs=keep_graphs)
-    batches = feature_batches(3)
+    batches = feature_batches(3, shape=(4, 11))
     assert train_offloaded(model, batches) == pytest.approx(train_plain(plain, batches), abs=1e-5)
     assert worst(distance(weights(model), weights(plain)))[0] < 1e-5
     assert any("number that depends on the samples" in str(w.message) for w in recwarn)
@@ -276,26 +351,47 @@ def test_numbers_of_micro_batches_are_those_of_the_batch(
 
 
 class Caching(nn.Module):
-    """Keeps a view of its weight, as if the weight stayed where it is."""
+    """Keeps a view of its weight, as if the weight stayed where it is, or makes it `anew` each time."""
 
-    def __init__(self, detach: bool) -> None:
+    def __init__(self, anew: bool, detach: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(13, 13))
-        self.detach = detach
+        self.weight = nn.Parameter(torch.randn(13, 13) / 9)
+        self.anew, self.detach = anew, detach
         self.view: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.view is None:
+        if self.view is None or self.anew:
             self.view = (self.weight.detach() if self.detach else self.weight).t()
-        return x + x @ self.view
+        return x + x @ self.view + x @ self.weight
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_cached_views_of_weights_are_an_error(offload: Offload, train: bool) -> None:
-    model = offload(nn.Sequential(*(Caching(detach=True) for _ in range(4))))
+    model = offload(nn.Sequential(*(Caching(anew=False) for _ in range(4))), keep_graphs=0)
+    optimizer = slidecore.AdamW(model.parameters())
     x = torch.randn(3, 13)
+
+    def compute() -> None:
+        if train:
+            model(x).square().mean().backward()  # recomputes
+        else:
+            model(x)
+            model(x)
+
     with torch.set_grad_enabled(train), pytest.raises(slidecore.UsageError, match=r"kept a view of a weight.*\.view"):
-        model(x)
+        compute()
+    assert optimizer is not None
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_views_of_weights_made_anew_are_none(offload: Offload, detach: bool) -> None:
+    plain = nn.Sequential(nn.Linear(7, 13), *(Caching(anew=True, detach=detach) for _ in range(4)), nn.Linear(13, 3))
+    model = offload(copy.deepcopy(plain), keep_graphs=0)
+    batches = feature_batches(3, shape=(5,))
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.allclose(model(batches[0]["x"]), plain(batches[0]["x"]), atol=1e-5)
+    assert train_offloaded(model, batches) == pytest.approx(train_plain(plain, batches), abs=1e-5)
 
 
 # --- gradients that are not there
