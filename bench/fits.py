@@ -32,7 +32,7 @@ def model_of(hidden: int, layers: int, key_value: int, intermediate: int, vocabu
     def block() -> nn.Module:
         widths = [(hidden, hidden), (hidden, key_value), (hidden, key_value), (hidden, hidden)]
         widths += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
-        return nn.ModuleDict({str(i): nn.Linear(a, b, bias=False) for i, (a, b) in enumerate(widths)})
+        return nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in widths))
 
     with torch.device("meta"):
         return nn.ModuleDict(

@@ -76,8 +76,8 @@ def _find_runs(module: nn.Module, prefix: str, kept: Ids) -> list[tuple[str, nn.
         peers = isinstance(module, nn.ModuleList) and len({type(m) for _, m in children}) < len(children)
         if not peers:
             run = _run_of(children)
-        # Containers are never called themselves: the blocks are in them.
-        if run and not isinstance(run[0][1], (nn.ModuleList, nn.ModuleDict)):
+        # What has no forward (a ModuleList) is never called itself: the blocks are in it.
+        if run and type(run[0][1]).forward is not nn.Module.forward:
             return [(f"{prefix}{n}", m) for n, m in run]
     blocks: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():

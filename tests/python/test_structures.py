@@ -33,6 +33,28 @@ class Grid(nn.Module):
         return self.leave(h)
 
 
+class Named(nn.ModuleDict):
+    """A container that is called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self["second"](self["first"](x))
+
+
+class NamedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter = nn.Linear(7, 13)
+        self.stages = nn.ModuleList(Named({"first": Residual(13, 29), "second": Residual(13, 17)}) for _ in range(3))
+        self.leave = nn.Linear(13, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.enter(x)
+        for stage in self.stages:
+            h = stage(h)
+        return self.leave(h)
+
+
 class TwoWays(nn.Module):
     """A trunk that two modules hold."""
 
@@ -46,14 +68,14 @@ class TwoWays(nn.Module):
         return self.a["trunk"](x) * self.scale + 0.1 * self.b["trunk"](-x)
 
 
-@pytest.mark.parametrize("build", [Grid, TwoWays])
-def test_unusual_structures_train_like_pytorch(offload: Offload, build: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(("build", "blocks"), [(Grid, 6), (NamedModel, 3), (TwoWays, 5)])
+def test_unusual_structures_train_like_pytorch(offload: Offload, build: Callable[[], nn.Module], blocks: int) -> None:
     plain = build()
     model = offload(copy.deepcopy(plain))
     engine: Engine = engine_of(model)
     names = [chunk.name for chunk in engine.chunks]
     assert len(names) == len(set(names))
-    assert [chunk.kind for chunk in engine.chunks].count("block") == (6 if build is Grid else 5)
+    assert [chunk.kind for chunk in engine.chunks].count("block") == blocks
     batches = feature_batches(3)
     assert train_offloaded(model, batches) == pytest.approx(train_plain(plain, batches), abs=1e-5)
     assert worst(distance(weights(model), weights(plain)))[0] < 1e-5
