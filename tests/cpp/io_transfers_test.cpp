@@ -4,6 +4,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <condition_variable>
 #include <fstream>
 #include <map>
 #include <numeric>
@@ -392,13 +394,18 @@ TEST(TransfersOrder, ReadsAndWritesTakeTurns) {
       transfers.wait(transfers.write(read, 0, from.data(), from.size()));
       Gate gate;
       std::mutex mutex;
+      std::condition_variable full;
       std::vector<bool> made;  // true: a write
       calls->set([&](const HookedCalls::Call& call) {
         if (!is(call, "pread") && !is(call, "pwrite")) return HookedCalls::kPass;
-        {
-          const std::lock_guard lock(mutex);
-          made.push_back(call.write);
-        }
+        std::unique_lock lock(mutex);
+        made.push_back(call.write);
+        // In rounds of a call for each thread: one that is not scheduled for a while would leave its turns to the
+        // others.
+        const std::size_t round = std::min((made.size() + depth - 1) / depth * depth, 2 * kEach);
+        full.notify_all();
+        full.wait(lock, [&] { return made.size() >= round; });
+        lock.unlock();
         gate.pass();
         return HookedCalls::kPass;
       });
