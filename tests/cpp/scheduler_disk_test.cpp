@@ -354,15 +354,16 @@ TEST_P(SchedulerDisk, FaultsOfUploadsAreTold) {
 }
 
 // A drive answers nothing for as long as a gate is closed. The ring's one thread cannot be held inside a call, so there
-// the drive is busy for as long.
+// the drive is busy for as long. Calls hold what they look at: some are still on their way out of the gate, or into the
+// hook, when the test has gone on.
 class StalledDrive {
  public:
   StalledDrive(HookedCalls& calls, bool ring, const char* call) : calls_(calls) {
-    calls.set([this, ring, name = std::string(call)](const HookedCalls::Call& made) -> long {
-      if (!closed_ || made.name != name) return HookedCalls::kPass;
-      ++arrived_;
+    calls.set([state = state_, ring, name = std::string(call)](const HookedCalls::Call& made) -> long {
+      if (!state->closed || made.name != name) return HookedCalls::kPass;
+      ++state->arrived;
       if (ring) return -EAGAIN;
-      gate_.pass();
+      state->gate.pass();
       return HookedCalls::kPass;
     });
   }
@@ -372,18 +373,21 @@ class StalledDrive {
   }
   // Until so many requests have come to the drive in vain.
   void wait_for_arrival(int count) const {
-    while (arrived_ < count) std::this_thread::yield();
+    while (state_->arrived < count) std::this_thread::yield();
   }
   void open() {
-    closed_ = false;
-    gate_.open();
+    state_->closed = false;
+    state_->gate.open();
   }
 
  private:
+  struct State {
+    Gate gate;
+    std::atomic<bool> closed{true};
+    std::atomic<int> arrived{0};
+  };
   HookedCalls& calls_;
-  Gate gate_;
-  std::atomic<bool> closed_{true};
-  std::atomic<int> arrived_{0};
+  std::shared_ptr<State> state_ = std::make_shared<State>();
 };
 
 // Who needs the drive waits, who does not goes on, nothing fails, and when it answers again the numbers are right.
