@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,17 +28,34 @@ SMALL = {"piece_bytes": 4096, "ring_pieces": 4}
 
 @pytest.fixture(autouse=True)
 def usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "cufile.log"
     monkeypatch.delenv(cufile.VARIABLE, raising=False)
-    monkeypatch.setenv("CUFILE_LOGFILE_PATH", str(tmp_path / "cufile.log"))
+    monkeypatch.setenv("CUFILE_LOGFILE_PATH", str(log))
     if cufile.nvidia_fs() is None:
         monkeypatch.setenv("CUFILE_FORCE_COMPAT_MODE", "true")
+    paths = cufile.library_paths()
     try:
-        _core.inspect_cufile(cufile.library_paths())
+        _core.inspect_cufile(paths)
     except _core.UnsupportedError as error:
         pytest.skip(str(error))
     facts = _core.inspect_directory(str(tmp_path))
     if not facts.direct:
         pytest.skip(f"direct transfers are needed: {facts.why_not_direct}")
+    answer = plain_file(paths[0] if paths else "libcufile.so.0", tmp_path)
+    if answer != "ok":
+        reasons = [line for line in log.read_text().splitlines() if "ERROR" in line] if log.exists() else []
+        pytest.skip(f"cuFile refuses any file here: {answer}; its log: {reasons[-4:]}")
+
+
+def plain_file(library: str, directory: Path) -> str:
+    """What cuFile says to a file that slidecore has no part in."""
+    probe = Path(__file__).with_name("_cufile_probe.py")
+    command = [sys.executable, str(probe), library, str(directory)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return "no answer within a minute"
+    return done.stdout.strip() or f"the process ended with code {done.returncode}: {done.stderr[-300:]}"
 
 
 def test_any_size_and_address_comes_back(tmp_path: Path) -> None:
