@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -258,6 +259,7 @@ class Engine:
         self._last_recomputed: weakref.ref[Record] | None = None
         self._live: weakref.WeakSet[Record | HeadRecord] = weakref.WeakSet()
         self._resident_depth = 0
+        self._visitor: int | None = None  # the thread that is in a visit
         self.other_draws = OtherDraws()
         self.in_root = False  # a forward that began at a module with blocks is under way
         self._inferred: list[ScheduledVisit] = []  # visits of this forward without gradients
@@ -373,10 +375,33 @@ class Engine:
 
     # --- visits
 
+    def refuse_other_threads(self) -> None:
+        """Raises UsageError while another thread is in a visit: both would swap weights into the same modules."""
+        if self._visitor not in (None, threading.get_ident()):
+            raise UsageError(
+                "another thread is computing with this offloaded model. One at a time may: hold a lock from forward to "
+                "the end of backward, or give each thread a model"
+            )
+
     @contextlib.contextmanager
     def holding(self, chunk: Chunk, *, backward: bool) -> Iterator[torch.Tensor]:
-        """The slot that holds the chunk's weights, for work enqueued on the current stream inside the context."""
-        phase = BACKWARD if backward else FORWARD
+        """The slot that holds the chunk's weights, for work enqueued on the current stream inside the context.
+
+        Raises:
+            UsageError: another thread is in a visit. Of a backward this cannot be said, which autograd runs on threads
+                of its own.
+        """
+        if not backward:
+            self.refuse_other_threads()
+        visitor, self._visitor = self._visitor, threading.get_ident()
+        try:
+            with self._acquired(chunk, BACKWARD if backward else FORWARD) as slot:
+                yield slot
+        finally:
+            self._visitor = visitor
+
+    @contextlib.contextmanager
+    def _acquired(self, chunk: Chunk, phase: int) -> Iterator[torch.Tensor]:
         if self.in_root and self._mode == "infer":
             self._inferred.append((chunk.index, phase, True, False))
         address = self.scheduler.acquire(chunk.index, phase, self.backend.stream())

@@ -12,7 +12,7 @@ A visit runs once with a graph, in forward. What autograd saves goes through hoo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,20 @@ class _Boundary(torch.autograd.Function):
 
 
 _BOUNDARY = f"{_Boundary.__name__}Backward"
+# Of operations that save a tensor which they write then (rrelu's noise): a second run must not stop where it is saved.
+_SAVE_UNWRITTEN = {"RreluWithNoiseBackward0", "RreluWithNoiseBackward1"}
+
+
+def _nodes(edges: Sequence[Any]) -> Iterator[Any]:
+    """The nodes of a graph that ends in `edges` (None where there is none)."""
+    todo = [edge.node for edge in edges if edge is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        following = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= following
+        todo += following
 
 
 def is_in(slots: Collection[int], tensor: torch.Tensor) -> bool:
@@ -164,16 +178,20 @@ def outliving(slot: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 class VisitGraph:
     """The graph of one micro-batch of a visit."""
 
-    def __init__(self, keep: bool, known: Sequence[torch.Tensor] = (), compare: str = "") -> None:
+    def __init__(
+        self, keep: bool, known: Sequence[torch.Tensor] = (), compare: str = "", to_end: bool = False
+    ) -> None:
         """`keep` keeps saved tensors; otherwise `refill` must run before `backward`.
 
         Args:
             known: tensors whose memory is counted elsewhere.
             compare: a name for errors; `refill` then runs `module` to its end, and compares its outputs with those of
                 the first run.
+            to_end: `refill` runs `module` to its end.
         """
         self._keep = keep
         self._compare = compare
+        self._to_end = to_end or bool(compare)
         self._marks: list[torch.Tensor | None] = []  # of the outputs, if they are to be compared
         self._holders: list[weakref.ref[_Holder]] = []
         self._slot: torch.Tensor | None = None  # where the weights are
@@ -185,6 +203,7 @@ class VisitGraph:
         self._edges: list[Any] = []
         self._rows: list[bool] = []  # whether an output has a dimension 0 of size one, and more
         self.reads_weights = False
+        self.saves_unwritten = False  # a tensor that its operation writes after it was saved; looked for with `compare`
         self.nbytes = 0  # of distinct storages among the saved tensors, weights excluded
 
     def _is_weight(self, tensor: torch.Tensor) -> bool:
@@ -262,6 +281,7 @@ class VisitGraph:
         ]
         if self._compare:
             self._marks = [_mark_of(t) for t in outputs]
+            self.saves_unwritten = any(node.name() in _SAVE_UNWRITTEN for node in _nodes(self._edges))
         self._rows = [t.dim() > 1 and t.shape[0] == 1 for t in outputs]
         self._slot = None
         return [outliving(slot, t.detach()) for t in outputs]
@@ -294,7 +314,7 @@ class VisitGraph:
             if holder is not None:
                 holder.fill(tensor)
                 self._count(tensor)
-            if filled == len(self._holders) and not self._compare:
+            if filled == len(self._holders) and not self._to_end:
                 raise _Stop
 
         def unpack(_: None) -> torch.Tensor:

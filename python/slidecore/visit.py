@@ -45,6 +45,7 @@ class Use:
     # Whether backward needs the weights: an embedding's does not. Known after the first forward with a graph.
     backward_reads_weights: bool = True
     repeats: bool = False  # its recomputation has been seen to give the outputs of its forward
+    saves_unwritten: bool = False  # its graph may save a tensor before the operation writes it
 
 
 @dataclass(eq=False)
@@ -270,6 +271,7 @@ class Visits:
     def call(self, use: Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What an offloaded module's forward does."""
         engine = self._engine
+        engine.refuse_other_threads()
         engine.scheduler.check()
         if not engine.in_root:  # which has looked already
             check_held(use.chunk.entries)
@@ -422,6 +424,7 @@ class Visits:
             keep=record.keep_graph,
             known=[each.parameter for each in record.kept],
             compare="" if use.repeats or record.keep_graph else f"{use.name} ({type(use.module).__name__})",
+            to_end=use.saves_unwritten,
         )
         if not record.keep_graph:
             device = engine.backend.torch_device
@@ -444,6 +447,7 @@ class Visits:
         record.held += graph.nbytes
         engine.backend.hold(graph.nbytes)
         use.backward_reads_weights = graph.reads_weights
+        use.saves_unwritten |= graph.saves_unwritten
         return outputs
 
     def _leaves(self, use: Use, slot: torch.Tensor, graph: VisitGraph) -> dict[Entry, torch.Tensor]:
