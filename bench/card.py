@@ -61,23 +61,23 @@ def _train(name: str, typical_s: int, systems: str, sizes: str, host_memory: str
 # The most telling first: time may run out.
 MEASUREMENTS = (
     Measurement("kernels", 45, "kernels.py --tune --only copy,adamw,accumulate,split,merge,square_sum"),
-    _train("train-8bit", 75, "slidecore-8bit", "--batch 16 --warmup 1 --device-memory 7GiB"),
+    _train("train-8bit", 65, "slidecore-8bit", "--batch 4,16 --warmup 1 --device-memory 7GiB"),
     _train(
         "train-7gib",
-        170,
+        200,
         "slidecore,fsdp2-offload,resident",
         "--batch 4,16,64 --steps 3 --warmup 1 --device-memory 7GiB",
     ),
-    _train("train-64k-clipped", 90, "slidecore,slidecore-clipped", "--batch 64"),
+    _train("train-64k-clipped", 130, "slidecore,slidecore-clipped", "--batch 64"),
     Measurement(
         "checkpoint", 130, f"checkpoint.py --dir {DISK}", "--config 3.6B --repeats 1 --loads load --disk-size 12GiB"
     ),
-    _train("disk-hidden", 220, "slidecore,slidecore-disk", "--batch 128 --steps 3 --warmup 1", "40GiB"),
+    _train("disk-hidden", 140, "slidecore,slidecore-disk", "--batch 128 --steps 3 --warmup 1", "40GiB"),
     _train("disk-moments", 140, "slidecore-disk", "--batch 4 --steps 2 --warmup 1", "15.5GiB"),
     _train("disk-everything", 200, "slidecore-disk", "--batch 4 --steps 2 --warmup 1", "1.5GiB"),
     _train(
         "largest",
-        330,
+        450,
         "slidecore-disk",
         "--hidden 5120 --layers 41 --heads 40 --kv-heads 8 --intermediate 16384 --batch 4 --steps 4 --warmup 1",
         "116GiB",

@@ -178,9 +178,7 @@ def outliving(slot: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 class VisitGraph:
     """The graph of one micro-batch of a visit."""
 
-    def __init__(
-        self, keep: bool, known: Sequence[torch.Tensor] = (), compare: str = "", to_end: bool = False
-    ) -> None:
+    def __init__(self, keep: bool, known: Sequence[torch.Tensor] = (), compare: str = "", to_end: bool = False) -> None:
         """`keep` keeps saved tensors; otherwise `refill` must run before `backward`.
 
         Args:

@@ -73,7 +73,7 @@ CANDIDATES_QUANTISED = (
     tuning.Config(512, 8, 2, "ahead", 96),
     tuning.Config(1024, 8, 4, "ahead", 96),
 )
-DEFAULT_QUANTISED = tuning.Config(256, 4, 1, "plain", 80)
+DEFAULT_QUANTISED = tuning.Config(256, 8, 1, "early", 80)  # the fastest of these on an H200
 _SCALARS = tl.constexpr(16)  # float32 a segment, so that rows are aligned; 14 and 15 are unused
 
 
