@@ -117,6 +117,8 @@ class Engine:
                 for entry in chunk.entries:
                     entry.trainable = False
         lay_out(self.chunks)
+        # A slot for each block is all that could be used.
+        window = min(window, max(2, sum(chunk.kind == "block" for chunk in self.chunks)))
         self._kept_bytes, trained_bytes = kept_bytes(kept.values())
         kept_needs = self._kept_bytes + (trained_bytes if train else 0)
         beside = (kept_needs, backend.workspace_bytes())

@@ -85,7 +85,8 @@ def offload(
             update moves 14 bytes a parameter instead of 26). 8-bit moments are rounded at every step; docs/numerics.md
             has the format, docs/moments.md its loss curves beside those of float32.
         device_memory: bytes (or "20GiB") of device memory to stay within; None takes what the card has free.
-        window: slots of the window that blocks slide through; 2 overlaps copies with compute.
+        window: slots of the window that blocks slide through; 2 overlaps copies with compute. More of them spare
+            backward uploads that forward has made: none is left to it with as many slots as blocks, the most there are.
         micro_batch: samples a visit computes at once; "auto" takes what the budget allows.
         keep_graphs: how many of the last blocks keep their graph instead of recomputing; "auto" as the budget allows.
         blocks: names or modules of the blocks, where the structure does not show them.

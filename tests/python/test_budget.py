@@ -119,6 +119,21 @@ def test_smaller_window_is_offered(offload: Offload) -> None:
     assert smallest_named(error) > smallest_for(lambda: deep("llama"), None)
 
 
+def test_a_slot_for_each_block_is_the_largest_window(offload: Offload) -> None:
+    plain, batches = deep("stack"), batches_of("stack", 5, 4)
+    blocks = sum(isinstance(module, Residual) for module in plain.modules())
+    uploads, memory = {}, {}
+    for window in (2, blocks, 10**6):
+        model = offload(clone(plain), window=window, keep_graphs=0)
+        train_offloaded(model, batches)
+        stats = slidecore.stats(model)
+        uploads[window], memory[window] = stats.counters["uploads"], stats.device_memory
+    # Backward finds the weights that forward brought. How many come at the end, for a forward that does not, depends on
+    # when it is counted: at most all.
+    assert max(uploads[blocks], uploads[10**6]) <= uploads[2] - (len(batches) - 2) * (blocks - 2)
+    assert memory[10**6] == memory[blocks]
+
+
 @pytest.mark.parametrize("kind", ["llama", "stack"])
 def test_smallest_budget_for_the_batch(offload: Offload, kind: str) -> None:
     batches = batches_of(kind, 2, 4)
