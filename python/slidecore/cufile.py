@@ -24,11 +24,6 @@ LOAD_NVIDIA_FS = (
     "Load the nvidia-fs kernel module (NVIDIA's package nvidia-gds; in a container also pass in /dev/nvidia-fs* and "
     "/run/udev)"
 )
-# cuFile refuses file systems that it does not know, unless it is to copy through host memory anyway.
-REFUSED_FILES = (
-    "cufile.log in the current directory has cuFile's reasons. Where there is no nvidia-fs, CUFILE_FORCE_COMPAT_MODE="
-    "true in the environment lets cuFile take any file system, and copy through host memory"
-)
 _NVIDIA_FS = Path("/proc/driver/nvidia-fs")
 
 
@@ -70,6 +65,18 @@ def _off() -> str:
     return LEAVE_OFF[0].upper() + LEAVE_OFF[1:]
 
 
+def _refused_files() -> str:
+    """Where the reasons are, and what else to do. File systems that cuFile does not know it refuses, unless told so."""
+    log = os.environ.get("CUFILE_LOGFILE_PATH") or "cufile.log in the current directory"
+    reasons = f"{log} has cuFile's reasons"
+    if os.environ.get("CUFILE_FORCE_COMPAT_MODE", "").lower() == "true":
+        return reasons
+    return (
+        f"{reasons}. Where there is no nvidia-fs, CUFILE_FORCE_COMPAT_MODE=true in the environment lets cuFile take "
+        "other file systems, and copy through host memory"
+    )
+
+
 def connect(device: _core.Device, storage: _core.Storage) -> _core.GpuDirect:
     """Loads cuFile, opens its driver and registers the swap files.
 
@@ -80,7 +87,7 @@ def connect(device: _core.Device, storage: _core.Storage) -> _core.GpuDirect:
     try:
         direct = _core.GpuDirect(device, storage, paths)
     except _core.UnsupportedError as error:
-        advice = REFUSED_FILES if "registering" in str(error) else INSTALL
+        advice = _refused_files() if "registering" in str(error) else INSTALL
         raise UsageError(f"gpu_direct=True cannot be honoured: {error}", f"{advice}, or {LEAVE_OFF}") from error
     logger.info("saved inputs go between device memory and disk by %s", direct.describe())
     if not direct.direct:

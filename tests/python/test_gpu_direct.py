@@ -101,6 +101,23 @@ def test_a_driver_that_does_not_open_is_an_error(offload: Offload, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_refused_file_says_what_is_left_to_try(
+    offload: Offload, tmp_path: Path, fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, forced: bool
+) -> None:
+    monkeypatch.setenv("CUFILE_LOGFILE_PATH", str(tmp_path / "why.log"))
+    monkeypatch.delenv("CUFILE_FORCE_COMPAT_MODE", raising=False)
+    if forced:
+        monkeypatch.setenv("CUFILE_FORCE_COMPAT_MODE", "true")
+    fake.fake_cufile_fail(b"cuFileHandleRegister", 5027, 0, 0)
+    with pytest.raises(slidecore.UsageError, match="CU_FILE_HANDLE_NOT_REGISTERED") as error:
+        offload(build(), disk=tmp_path, gpu_direct=True)
+    said = f"{error.value} {error.value.hint}"
+    assert f"{tmp_path / 'why.log'} has cuFile's reasons" in said
+    assert ("CUFILE_FORCE_COMPAT_MODE" in said) != forced
+    assert cufile.LEAVE_OFF in said
+
+
 def test_training_through_cufile_is_the_same_bit_by_bit(
     offload: Offload, tmp_path: Path, fake: ctypes.CDLL, caplog: pytest.LogCaptureFixture
 ) -> None:
