@@ -354,18 +354,11 @@ class VisitGraph:
         """
         if self._edges[output] is None or not inputs & set(self._differentiable):
             return not self._rows[output]
-        todo, seen = [self._edges[output].node], set()
-        while todo:
-            node = todo.pop()
-            for following, number in node.next_functions:
-                if following is None or (following, number) in seen:
-                    continue
-                seen.add((following, number))
-                if following.name() != _BOUNDARY:
-                    todo.append(following)
-                elif self._differentiable[number] in inputs:
-                    return True
-        return False
+        return any(
+            following is not None and following.name() == _BOUNDARY and self._differentiable[number] in inputs
+            for node in _nodes([self._edges[output]])
+            for following, number in node.next_functions
+        )
 
     def guarded(self, add: Callable[..., None]) -> Callable[..., None]:
         """`add`, for the gradients of the graph's weights: an error outside `backward`."""
