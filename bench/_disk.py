@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
+MODES = ("read", "write", "both")
 # Moved per measurement, or as much as there is room for; not a thousand times what a small model has there.
 SAMPLE_BYTES, SMALLEST_SAMPLE, SAMPLE_OF_STORE = 4 << 30, 64 << 20, 8
 
@@ -20,15 +22,27 @@ def per_step(before: dict[str, int], after: dict[str, int], steps: int, seconds:
     }
 
 
-def measure_rates(store: Any) -> dict[str, float]:
-    """GB/s of the model's own swap files with its own transfers, while it rests: reading, writing, and both at once."""
+def measure_rates(store: Any) -> dict[str, list[float]]:
+    """GB/s of the model's own swap files with its own transfers, while it rests: reading, writing, and both at once.
+
+    Each twice, in turns, as drives' rates vary.
+    """
     from slidecore.drives import Workload
 
     free = min(facts.free_bytes for facts in store.storage.directories) * len(store.storage.directories)
     enough = max(SMALLEST_SAMPLE, SAMPLE_OF_STORE * store.nbytes)
     sample = min(SAMPLE_BYTES, enough, free // 2) // 4096 * 4096
     work = Workload(store.storage, sample)
-    return {mode: max(work.run(store.transfers, mode).gb_per_s for _ in range(2)) for mode in ("read", "write", "both")}
+    rates: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for _ in range(2):
+        for mode in MODES:
+            rates[mode].append(work.run(store.transfers, mode).gb_per_s)
+    return rates
+
+
+def sustained(samples: list[float]) -> float:
+    """The rate of several measurements of equal size as one: all bytes over all seconds."""
+    return statistics.harmonic_mean(samples)
 
 
 def limit_seconds(moved: dict[str, float], rates: dict[str, float]) -> float:

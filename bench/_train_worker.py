@@ -41,6 +41,14 @@ class Slidecore(_peers.System):
         _model.fill(model, seed, device)
         self._optimizer = slidecore.AdamW(self._model.parameters(), **optimizer)
         self.notes = {key: str(value) for key, value in {**settings, "optimizer": optimizer}.items()}
+        self._rates_before = self._disk_rates()
+
+    def _disk_rates(self) -> dict[str, list[float]]:
+        from slidecore.offloading import engine_of
+
+        self.synchronize()
+        store = engine_of(self._model).tiers.store
+        return {} if store is None else _disk.measure_rates(store)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         loss = self._model(input_ids=ids, labels=ids).loss
@@ -85,7 +93,10 @@ class Slidecore(_peers.System):
         tiers = engine_of(self._model).tiers
         disk = {}
         if tiers.store is not None:
-            disk = {"tiers": tiers.describe(), "disk_gb_per_s": _disk.measure_rates(tiers.store)}
+            before, after = self._rates_before, self._disk_rates()
+            samples = {mode: [*before[mode], *after[mode]] for mode in _disk.MODES}
+            rates = {mode: _disk.sustained(samples[mode]) for mode in _disk.MODES}
+            disk = {"tiers": tiers.describe(), "disk_gb_per_s": rates, "disk_gb_per_s_each": samples}
         return {
             **disk,
             "stats": _plain(self._slidecore.stats(self._model)),

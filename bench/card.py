@@ -73,8 +73,8 @@ MEASUREMENTS = (
         "checkpoint", 130, f"checkpoint.py --dir {DISK}", "--config 3.6B --repeats 1 --loads load --disk-size 12GiB"
     ),
     _train("disk-hidden", 140, "slidecore,slidecore-disk", "--batch 128 --steps 3 --warmup 1", "40GiB"),
-    _train("disk-moments", 140, "slidecore-disk", "--batch 4 --steps 2 --warmup 1", "15.5GiB"),
-    _train("disk-everything", 200, "slidecore-disk", "--batch 4 --steps 2 --warmup 1", "1.5GiB"),
+    _train("disk-moments", 215, "slidecore-disk", "--batch 4 --steps 4 --warmup 1", "15.5GiB"),
+    _train("disk-everything", 330, "slidecore-disk", "--batch 4 --steps 4 --warmup 1", "1.5GiB"),
     _train(
         "largest",
         450,
