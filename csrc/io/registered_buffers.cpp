@@ -5,14 +5,33 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <span>
 
 #include "io/errors.h"
+#include "memory/mapping.h"
 
 namespace slidecore::io {
 namespace {
 
 constexpr unsigned kSlots = 1024;
-constexpr std::size_t kLargest = std::size_t{1} << 30;  // the kernel's limit for one
+// The kernel takes up to 1 GiB at once. It hands drives whole huge pages only of a registration that consists of them:
+// one small page, and each 4 KiB are a segment, of which drives take a hundred or two in a request.
+constexpr std::size_t kLargest = std::size_t{64} << 20;
+
+// The range in pieces to register: whole huge pages, and what is left at both ends by itself.
+std::vector<std::span<char>> registrations(char* memory, std::size_t bytes) {
+  const std::size_t huge = memory::huge_page_size(), largest = std::max(kLargest, huge);
+  const std::size_t past = reinterpret_cast<std::uintptr_t>(memory) % huge;
+  const std::size_t head = std::min(bytes, past == 0 ? 0 : huge - past);
+  std::vector<std::span<char>> ranges;
+  if (head != 0) ranges.emplace_back(memory, head);
+  for (std::size_t at = head; at < bytes;) {
+    const std::size_t left = bytes - at, length = left < huge ? left : std::min(largest, left / huge * huge);
+    ranges.emplace_back(memory + at, length);
+    at += length;
+  }
+  return ranges;
+}
 
 }  // namespace
 
@@ -39,15 +58,14 @@ int RegisteredBuffers::update(std::uint16_t number, void* memory, std::size_t by
 
 bool RegisteredBuffers::add(void* memory, std::size_t bytes) {
   const auto owner = reinterpret_cast<std::uintptr_t>(memory);
-  const std::size_t pieces = (bytes + kLargest - 1) / kLargest;
-  if (pieces == 0 || buffers_.contains(owner)) return true;
-  if (pieces > free_.size()) {
+  if (bytes == 0 || buffers_.contains(owner)) return true;
+  const std::vector<std::span<char>> ranges = registrations(static_cast<char*>(memory), bytes);
+  if (ranges.size() > free_.size()) {
     if (why_not_.empty()) why_not_ = "all " + std::to_string(kSlots) + " places are taken";
     return false;
   }
-  for (std::size_t at = 0; at < bytes; at += kLargest) {
-    const std::size_t length = std::min(kLargest, bytes - at);
-    if (const int code = update(free_.back(), static_cast<char*>(memory) + at, length); code < 0) {
+  for (const std::span<char> range : ranges) {
+    if (const int code = update(free_.back(), range.data(), range.size()); code < 0) {
       rlimit limit{};
       getrlimit(RLIMIT_MEMLOCK, &limit);
       why_not_ = "the kernel refused " + size_text(bytes) + ": " + errno_text(code);
@@ -55,7 +73,7 @@ bool RegisteredBuffers::add(void* memory, std::size_t bytes) {
       remove(memory);
       return false;
     }
-    buffers_[owner + at] = {length, free_.back(), owner};
+    buffers_[reinterpret_cast<std::uintptr_t>(range.data())] = {range.size(), free_.back(), owner};
     free_.pop_back();
   }
   return true;

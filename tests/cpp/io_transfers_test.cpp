@@ -8,7 +8,6 @@
 #include <condition_variable>
 #include <fstream>
 #include <map>
-#include <numeric>
 #include <set>
 
 #include "io/piece.h"
@@ -224,15 +223,16 @@ TEST_P(TransfersTest, DropWhatWaitsAndLeaveNothingBehind) {
   EXPECT_TRUE(directories.files().empty());
 }
 
-TEST_P(TransfersTest, RegisterMemoryWhereTheyCan) {
+// `bytes`: less than a huge page, or some of them with odd ends.
+void register_and_move(const TransferOptions& options, bool by_threads, std::size_t bytes) {
   Directories directories(1);
   const auto storage = make_storage(directories);
-  Transfers transfers(storage, options());
-  Memory memory(400'000), plain(400'000);
+  Transfers transfers(storage, options);
+  Memory memory(bytes), plain(bytes);
   const auto region = storage->allocate("registered", memory.size());
-  std::iota(memory.data(), memory.data() + memory.size(), 1);
+  for (std::size_t i = 0; i < bytes; ++i) memory.data()[i] = static_cast<unsigned char>(i % 251);  // no two pages alike
   const bool registered = transfers.register_memory(memory.data(), memory.size());
-  if (std::string(GetParam()) == "threads") {
+  if (by_threads) {
     EXPECT_FALSE(registered);
   } else if (!registered) {
     EXPECT_NE(transfers.describe().find("no registered buffers"), std::string::npos) << transfers.describe();
@@ -251,6 +251,13 @@ TEST_P(TransfersTest, RegisterMemoryWhereTheyCan) {
   transfers.wait(transfers.read(region, 0, memory.data(), memory.size()));
   EXPECT_EQ(memory.bytes(), content);
   EXPECT_EQ(transfers.register_memory(memory.data(), memory.size()), registered);
+}
+
+TEST_P(TransfersTest, RegisterMemoryWhereTheyCan) {
+  for (const std::size_t bytes : {std::size_t{400'000}, std::size_t{9'000'001}}) {
+    SCOPED_TRACE(bytes);
+    register_and_move(options(), std::string(GetParam()) == "threads", bytes);
+  }
 }
 
 TEST_P(TransfersTest, AreRefusedToAChildOfFork) {
