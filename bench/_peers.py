@@ -116,6 +116,10 @@ class System:
         """What was moved to and from disk so far; most systems have no disk."""
         return {}
 
+    def disk_alone_s(self, moved: dict[str, float]) -> float:
+        """Seconds that the disk takes by itself for what was moved in a step."""
+        raise NotImplementedError
+
     def facts(self) -> dict[str, Any]:
         """What the system itself reports after a run."""
         return {}

@@ -41,14 +41,6 @@ class Slidecore(_peers.System):
         _model.fill(model, seed, device)
         self._optimizer = slidecore.AdamW(self._model.parameters(), **optimizer)
         self.notes = {key: str(value) for key, value in {**settings, "optimizer": optimizer}.items()}
-        self._rates_before = self._disk_rates()
-
-    def _disk_rates(self) -> dict[str, list[float]]:
-        from slidecore.offloading import engine_of
-
-        self.synchronize()
-        store = engine_of(self._model).tiers.store
-        return {} if store is None else _disk.measure_rates(store)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         loss = self._model(input_ids=ids, labels=ids).loss
@@ -86,19 +78,19 @@ class Slidecore(_peers.System):
     def moved(self) -> dict[str, int]:
         return self._slidecore.stats(self._model).disk_counters  # type: ignore[no-any-return]
 
+    def disk_alone_s(self, moved: dict[str, float]) -> float:
+        from slidecore.offloading import engine_of
+
+        self.synchronize()
+        return _disk.seconds_alone(engine_of(self._model).tiers, moved)
+
     def facts(self) -> dict[str, Any]:
         from slidecore import _core
         from slidecore.offloading import engine_of
 
         tiers = engine_of(self._model).tiers
-        disk = {}
-        if tiers.store is not None:
-            before, after = self._rates_before, self._disk_rates()
-            samples = {mode: [*before[mode], *after[mode]] for mode in _disk.MODES}
-            rates = {mode: _disk.sustained(samples[mode]) for mode in _disk.MODES}
-            disk = {"tiers": tiers.describe(), "disk_gb_per_s": rates, "disk_gb_per_s_each": samples}
         return {
-            **disk,
+            **({"tiers": tiers.describe()} if tiers.store is not None else {}),
             "stats": _plain(self._slidecore.stats(self._model)),
             "instruction_set": _core.instruction_set(),
             "host_planes_peak_bytes": _core.HostBuffer.mapped_peak(),
@@ -248,15 +240,19 @@ def main() -> int:
         system = SYSTEMS[job["system"]](shape, device, job["seed"], dict(job["options"]))
         system.synchronize()
         tell("built", parameters=system.parameters, seconds=time.perf_counter() - start, notes=system.notes)
+        moved = {}
         for batch in job["batches"]:
             stage = f"batch {batch}"
             result = run_batch(system, shape, batch, job["steps"], job["warmup"], job["seed"], device)
             tell("batch", result=result)
+            moved[batch] = result.get("disk", {})
         stage = "trace"
         # After all timed steps: traced ones train too, and the losses of all systems are to be compared.
         traces = {batch: system.trace(_model.tokens(shape, batch, job["seed"], device)) for batch in job["batches"]}
         stage = "end"
-        tell("done", facts=_plain({**system.facts(), "traces": traces}))
+        facts = _plain({**system.facts(), "traces": traces})
+        limits = {batch: system.disk_alone_s(of) for batch, of in moved.items() if of and of["written_bytes"]}
+        tell("done", facts=facts, disk_alone_s=limits)
         system.close()
     except Exception as error:
         traceback.print_exc()

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _disk import limit_seconds
 from _machine import emit, keep, log, machine
 from _memory import HostMemorySampler, used_bytes
 
@@ -259,12 +258,11 @@ def _take_event(event: dict[str, Any], result: dict[str, Any], sampler: HostMemo
         return True
     elif kind == "done":
         result["facts"] = event["facts"]
-        rates = event["facts"].get("disk_gb_per_s")
-        for batch in result["batches"].values() if rates else ():
-            limit = limit_seconds(batch["disk"], rates)
+        for number, limit in event["disk_alone_s"].items():
+            batch = result["batches"][number]
             share = limit / batch["seconds_per_step"]["mean"]
             batch["disk"] |= {"limit_s": limit, "limit_over_step": share}
-            log(f"{system}: batch {batch['batch']}: the disk alone needs {limit:.3f} s, {share:.0%} of the step")
+            log(f"{system}: batch {number}: the disk alone needs {limit:.3f} s, {share:.0%} of the step")
         return True
     return False
 
