@@ -15,8 +15,10 @@ namespace {
 
 constexpr unsigned kSlots = 1024;
 // The kernel takes up to 1 GiB at once. It hands drives whole huge pages only of a registration that consists of them:
-// one small page, and each 4 KiB are a segment, of which drives take a hundred or two in a request.
+// one small page, and each 4 KiB are a segment, of which drives take a hundred or two in a request. Memory that is not
+// registered goes in whole huge pages by any kernel.
 constexpr std::size_t kLargest = std::size_t{64} << 20;
+constexpr int kWholePages = 6012;  // Linux 6.12 is the first that does so for more than one huge page
 
 // The range in pieces to register: whole huge pages, and what is left at both ends by itself.
 std::vector<std::span<char>> registrations(char* memory, std::size_t bytes) {
@@ -35,7 +37,11 @@ std::vector<std::span<char>> registrations(char* memory, std::size_t bytes) {
 
 }  // namespace
 
-RegisteredBuffers::RegisteredBuffers(Uring& ring) : ring_(ring) {
+RegisteredBuffers::RegisteredBuffers(Uring& ring, SystemCalls& calls) : ring_(ring) {
+  if (const int version = calls.kernel_version(); version < kWholePages) {
+    why_not_ = "before Linux 6.12 requests to them are cut up";
+    return;
+  }
   abi::ResourceRegister table{};
   table.count = kSlots;
   table.flags = abi::kSparse;

@@ -13,7 +13,8 @@ namespace slidecore::io {
 
 class RegisteredBuffers {
  public:
-  explicit RegisteredBuffers(Uring& ring);  // where the kernel lacks the table, add() refuses
+  // Where the kernel lacks the table, or would cut requests up, add() refuses.
+  RegisteredBuffers(Uring& ring, SystemCalls& calls);
   // Returns whether all of it was registered; else none of it is, and why_not() says why.
   bool add(void* memory, std::size_t bytes);
   void remove(void* memory);

@@ -6,10 +6,12 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 
 namespace slidecore::io {
 namespace {
@@ -98,6 +100,13 @@ long SystemCalls::pread(int fd, void* memory, std::size_t bytes, std::uint64_t o
 }
 long SystemCalls::pwrite(int fd, const void* memory, std::size_t bytes, std::uint64_t offset) {
   return checked(static_cast<long>(::pwrite(fd, memory, bytes, static_cast<off_t>(offset))));
+}
+
+int SystemCalls::kernel_version() {
+  utsname name{};
+  if (::uname(&name) != 0) return -errno;
+  int major = 0, minor = 0;
+  return std::sscanf(name.release, "%d.%d", &major, &minor) == 2 ? 1000 * major + minor : -EINVAL;
 }
 
 int SystemCalls::uring_setup(unsigned entries, abi::Params* params) {

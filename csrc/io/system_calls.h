@@ -33,6 +33,7 @@ class SystemCalls {
   virtual long pread(int fd, void* memory, std::size_t bytes, std::uint64_t offset);
   virtual long pwrite(int fd, const void* memory, std::size_t bytes, std::uint64_t offset);
 
+  virtual int kernel_version();  // 6012 for 6.12
   virtual int uring_setup(unsigned entries, abi::Params* params);
   virtual int uring_enter(int ring, unsigned submit, unsigned complete, unsigned flags);
   virtual int uring_register(int ring, unsigned opcode, void* argument, unsigned count);

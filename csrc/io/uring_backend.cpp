@@ -131,7 +131,7 @@ void UringBackend::work(std::promise<void>& ready) {
     std::vector<int> files;
     for (const auto& file : storage_.files) files.push_back(file->fd());
     fixed_files_ = ring_->enroll(abi::kRegisterFiles, files.data(), static_cast<unsigned>(files.size())) >= 0;
-    buffers_ = std::make_unique<RegisteredBuffers>(*ring_);
+    buffers_ = std::make_unique<RegisteredBuffers>(*ring_, *storage_.calls);
     features_ = ring_->features() + (fixed_files_ ? ", registered files" : ", no registered files");
   } catch (...) {
     ring_.reset();

@@ -109,6 +109,9 @@ class HookedCalls final : public io::SystemCalls {
     const long answer = ask({"pwrite", offset, bytes, true});
     return answer <= 0 ? answer : std::min(answer, SystemCalls::pwrite(fd, memory, bytes, offset));
   }
+  int kernel_version() override {
+    return made({"kernel_version"}, [&] { return SystemCalls::kernel_version(); });
+  }
   int uring_setup(unsigned entries, io::abi::Params* params) override {
     return made({"uring_setup", params->flags}, [&] { return SystemCalls::uring_setup(entries, params); });
   }
