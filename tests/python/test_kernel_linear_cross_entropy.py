@@ -47,7 +47,7 @@ TILES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """What is allocated is NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # without, matmul on a card is an error
     yield
     torch.use_deterministic_algorithms(False)
 
