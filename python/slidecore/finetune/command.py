@@ -126,7 +126,7 @@ def finetune(
     compute_dtype: Annotated[
         str,
         typer.Option(
-            help='"bfloat16", "float32", or "auto": bfloat16 on a card or a CPU with units for it, else float32.',
+            help='"bfloat16", "float32", or "auto": bfloat16 on a card or a CPU that is faster in it, else float32.',
             rich_help_panel=_ENGINE,
         ),
     ] = "auto",

@@ -35,7 +35,7 @@ class Size:
     lr: float
 
 
-# About two minutes on two CPU cores: narrow, but with enough blocks that a window of two is a small part of them.
+# Two to four minutes on a CPU: narrow, but with enough blocks that a window of two is a small part of them.
 _ON_CPU = {
     torch.bfloat16: Size(hidden=192, layers=12, device_memory="8MiB", lr=2e-3),
     torch.float32: Size(hidden=192, layers=12, device_memory="16MiB", lr=2e-3),
@@ -147,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         progress = Progress()
         model = arguments.out / "model"
         size, dtype = choose_size(arguments.device)
+        if size is not _ON_CARD:
+            # Its operations are so small that waking a second thread for each takes longer than what it would spare.
+            torch.set_num_threads(1)
         with progress.stage(f"Making a small Llama of random weights in {model}"):
             make_model(model, hidden=size.hidden, layers=size.layers)
 

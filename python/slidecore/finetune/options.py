@@ -37,8 +37,8 @@ class Options:
         disk: directories for swap files, one on each drive.
         disk_memory: bytes that may lie there; None: what the drives have free.
         gpu_direct: saved inputs go there past host memory, by cuFile.
-        compute_dtype: "auto", "bfloat16" or "float32". "auto" is bfloat16 on a card and on a CPU with units for it
-            (avx512_bf16, amx_bf16, AArch64's bf16), else float32.
+        compute_dtype: "auto", "bfloat16" or "float32". "auto" is bfloat16 on a card and on a CPU that is faster in it
+            (amx_bf16, AArch64's bf16, avx512_bf16 of AMD's), else float32.
         moments: what the optimizer's moments are kept in, "float32" or "8bit".
         window: number of slots.
         micro_batch: sequences that a chunk computes at once, or "auto".

@@ -425,7 +425,8 @@ def test_weight_decay_leaves_norms_and_biases_out() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("flags\t\t: fpu avx512f avx512_bf16", torch.bfloat16),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16", torch.bfloat16),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16", torch.float32),
         ("flags\t\t: fpu amx_bf16 amx_tile", torch.bfloat16),
         ("Features\t: fp asimd bf16 i8mm", torch.bfloat16),
         ("flags\t\t: fpu avx2 avx512f", torch.float32),
