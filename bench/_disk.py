@@ -30,8 +30,8 @@ def seconds_alone(tiers: Any, moved: dict[str, float]) -> float:
 
     Planes are read and written back as they were, 16 MiB at a time through a ring of buffers, with the model's own
     transfers; what a step reads more often than it writes is read again, evenly in between. Where no planes are on
-    disk, a region of its own stands for the saved inputs. A probe of a few gigabytes would not do: drives take those
-    faster than they go on.
+    disk, a region of its own stands for the saved inputs. A probe of a few gigabytes would not do: its pattern is
+    another, and it is short.
     """
     from slidecore import _core
 
